@@ -1,0 +1,159 @@
+"""A small decoder-only GPT in plain PyTorch, to be read in one sitting. It knows nothing of adapters: SMoA reaches it by `inject` alone.
+
+After nanoGPT (pre-norm blocks, tied embedding and head, no biases), with two changes that pay at this size: rotary
+positions (2104.09864), and a token shift (RWKV, 2305.13048): before attention and before the MLP each channel mixes in the
+position before it, by a share that it learns, so that pairs of characters need no attention head to meet.
+
+    model = GPT(GPTConfig(vocab_size=65))
+    logits, loss = model(idx, targets)                      # idx, targets (B, T) int64
+    text = model.generate(idx, 200, temperature=0.8, top_k=20)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int = 64  # longest context, in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0  # on the residual branches; 0 while the model sees its data about once
+
+    def __post_init__(self):
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 n_head={2 * self.n_head}: rotary positions turn pairs of channels")
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm without bias. As good here as RMSNorm, and a fifth of its time on a CPU, where PyTorch has no fused RMSNorm."""
+
+    def __init__(self, n_embd):
+        super().__init__(n_embd, bias=False)
+
+
+class TokenShift(nn.Module):
+    """x_t -> (1 - mix) x_t + mix x_{t-1}, per channel, with zeros before the first position. Starts half and half."""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.mix = nn.Parameter(torch.full((n_embd,), 0.5))
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+        return torch.lerp(x, previous, self.mix.to(x.dtype))
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn channels (i, i + d/2) of each head by the angle t theta_i. x (B, H, T, d); cos, sin (T, d)."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, d = config.n_embd, config.n_embd // config.n_head
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.proj = nn.Linear(C, C, bias=False)
+        theta = 10000.0 ** (-torch.arange(0, d, 2) / d)
+        angle = torch.outer(torch.arange(config.block_size), theta)  # (block_size, d / 2)
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=-1))  # (B, H, T, d)
+        q, k = (rotate(t, self.cos[:T], self.sin[:T]).to(v.dtype) for t in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return F.dropout(self.proj(F.gelu(self.fc(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.shift1, self.attn = Norm(config.n_embd), TokenShift(config.n_embd), Attention(config)
+        self.norm2, self.shift2, self.mlp = Norm(config.n_embd), TokenShift(config.n_embd), MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.shift1(self.norm1(x)))
+        return x + self.mlp(self.shift2(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = Norm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head.weight = self.embed.weight  # tied
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # GPT-2's: the 2 n_layer projections that add to the residual stream start smaller
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("proj.weight") else 0.02)
+
+    def forward(self, idx, targets=None):
+        """Next-token logits, and their loss where targets are given.
+
+        Args:
+            idx: (B, T) int64 tokens, T <= block_size.
+            targets: (B, T) int64, the tokens one place on; -1 is left out of the loss.
+        Returns:
+            logits (B, T, vocab_size); the mean cross-entropy in nats per token, or None without targets.
+        Raises:
+            ValueError: the context is longer than block_size.
+        """
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"the model reads at most {self.config.block_size} tokens, got {T}")
+        x = self.embed(idx)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, generator=None):
+        """Continue idx (B, T) by sampling; returns (B, T + max_new_tokens).
+
+        Args:
+            temperature: >= 0; below 1 sharpens the distribution, 0 always takes the likeliest token.
+            top_k: sample among the k likeliest tokens only; None among all.
+            generator: a torch.Generator on idx's device, for samples that repeat.
+        Raises:
+            ValueError: temperature below 0, top_k below 1, or an empty idx.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1) or idx.shape[1] == 0:
+            raise ValueError(f"need temperature >= 0, top_k >= 1 and at least one token, got {temperature}, {top_k} and {idx.shape[1]}")
+        training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, vocab_size)
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -math.inf
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+        self.train(training)
+        return idx

@@ -1,0 +1,758 @@
+"""SMoA, the Spectrum Modulation Adapter, in one file to read, check and copy.
+
+Liu et al., "SMoA: Spectrum Modulation Adapter for Parameter-Efficient Fine-Tuning", arXiv 2605.21147 (2026).
+
+A frozen weight W0 gets an update of high rank from few parameters. Order the rows and the columns of W0 by their place in
+its singular spectrum, cut both orders into K pieces, and let one low-rank pair modulate each of the K aligned blocks:
+
+    W0          = U diag(s) Vh                                   s descending, q = min(m, n) directions
+    p_i         = sum_j j (s_j U_ij)^2 / sum_j (s_j U_ij)^2      position of row i; of a column, the same with V
+    rows_k      = piece k of argsort(p) over the rows            cols_k likewise; pieces as torch.tensor_split
+    M_k         = W0[rows_k, cols_k]                             the anchor, read from W0 itself, never stored again
+    delta_W     = (alpha / r) (B_k A_k) * M_k  at (rows_k, cols_k), k = 1..K, and zero everywhere else
+    y           = x (W0 + delta_W)^T + bias
+
+    m, n   out_features, in_features        A_k   (r_k, n_k)   Kaiming-uniform, as nn.Linear
+    r, K   rank budget, number of blocks    B_k   (m_k, r_k)   zero, so that delta_W = 0 at the start, exactly
+    r_k    rank of branch k, sum_k r_k = r  M_k   (m_k, n_k)   frozen
+
+Trained: sum_k r_k (m_k + n_k) numbers, r (m + n) / K where K divides r: K times fewer than LoRA of rank r. The rank of
+delta_W can still reach sum_k min(m_k, n_k, r_k rank M_k), since a Hadamard product multiplies ranks; LoRA's stops at r.
+
+One square holds the family: `num_blocks=1, modulate=False` is LoRA (2106.09685), `num_blocks=1` is HiRA (ICLR 2025),
+`modulate=False, order="natural"` is MELoRA (2402.17263), and the default is SMoA.
+
+    names = smoa.inject(model, ["q_proj", "v_proj"], rank=8, num_blocks=4)   # the rest of the model is frozen
+    ...                                                                      # train as ever
+    smoa.save(model, "adapter.safetensors")                                  # factors, orders, configuration
+    smoa.load(fresh_model, "adapter.safetensors"); smoa.merge(fresh_model)   # runs at the base's own speed
+
+Where this file departs from the paper's code, and why:
+- The order is saved with the factors. Close positions sort differently on another machine, and the factors would land elsewhere.
+- Equal singular values share their mean index, and positions are compared to 6 decimals: ties never depend on rounding.
+- With one block the order changes nothing, so none is computed: the factors of K = 1 are in the coordinates of the weight.
+- Merging puts W0's own blocks aside and unmerging puts them back: bit for bit, in every dtype.
+
+When not to use it: the step is scaled by |W0|, so it wants a learning rate several times LoRA's; a zero weight cannot be
+adapted (its anchor is zero); and a higher rank is not by itself a better result, see README.md. Merge before generating token by token:
+unmerged, every forward forms W0 + delta_W, which costs as much as r more tokens.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pure functions: the order, the sizes, the counts
+
+
+def _sizes(total, pieces):
+    """Lengths of the pieces of `torch.tensor_split`: as even as possible, the first ones get the remainder."""
+    return [total // pieces + (k < total % pieces) for k in range(pieces)]
+
+
+def _check_counts(out_features, in_features, rank, num_blocks):
+    for name, value in (("out_features", out_features), ("in_features", in_features), ("rank", rank), ("num_blocks", num_blocks)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if num_blocks > min(out_features, in_features):
+        raise ValueError(f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: "
+                         f"at most {min(out_features, in_features)} blocks leave each a row and a column")
+
+
+def _check_weight(weight):
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        what = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise TypeError(f"a linear layer's weight must be a 2-D floating tensor, got {what}")
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device and has no values to order by: load or initialise the model first")
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinity: a spectrum needs finite numbers")
+
+
+def spectral_order(weight):
+    """Rows and columns of a weight, sorted by their energy-weighted mean position in its singular spectrum.
+
+    Args:
+        weight: (m, n), floating, finite, any device. Computed in float64.
+    Returns:
+        row_order (m,) and col_order (n,), int64 permutations on the weight's device; ties keep their natural order.
+    Raises:
+        TypeError, ValueError: the weight is not 2-D floating, is on the meta device, or is not finite.
+    Source: 2605.21147. The energies need one eigendecomposition of the smaller Gram matrix, W^T W = V s^2 V^T, not an SVD.
+
+    >>> spectral_order(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
+    (tensor([1, 2, 0]), tensor([1, 2, 0]))
+    """
+    _check_weight(weight)
+    W = weight.detach()
+    W = (W.cpu() if W.device.type == "mps" else W).double()  # mps has no float64
+    W = W / W.abs().max().clamp(min=torch.finfo(W.dtype).tiny)  # scale-free: squares can neither overflow nor vanish
+    wide = W.shape[0] < W.shape[1]
+    W = W.mT if wide else W  # (tall, q)
+    norms = W.square().sum(0)  # (q,) energy of each column, exactly 0 for a zero column
+    s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
+    s2, V = s2.flip(0).clamp(min=0), V.flip(1)
+    if norms[norms > 0].amin() > 1e-8 * s2[0] if norms.any() else True:
+        s, column_energy = s2.sqrt(), s2 * V.square() * (norms > 0)[:, None]  # (s_j V_ij)^2
+    else:  # a column so small that it drowns in the Gram matrix's rounding
+        U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+        V, column_energy = Vh.mT, (W.mT @ U).square()
+    row_energy = (W @ V).square()  # (s_j U_ij)^2, accurate relative to each row
+
+    # Within equal singular values the basis is free, so their directions share one index, the mean.
+    group = F.pad((s[:-1] - s[1:] > 1e-9 * s[:-1]).long().cumsum(0), (1, 0))
+    index = torch.arange(len(s), dtype=s.dtype, device=s.device)
+    index = (torch.zeros_like(s).index_add(0, group, index) / group.bincount(minlength=len(s)).clamp(min=1))[group]
+
+    def order(energy):
+        position = energy @ index / energy.sum(1).clamp(min=torch.finfo(s.dtype).tiny)  # a zero row stays at 0
+        return torch.argsort(position.round(decimals=6), stable=True).to(weight.device)
+
+    return (order(column_energy), order(row_energy)) if wide else (order(row_energy), order(column_energy))
+
+
+def count_parameters(out_features, in_features, rank, num_blocks):
+    """Trained numbers of one layer, sum_k r_k (m_k + n_k). For rank divisible by num_blocks: LoRA's r (m + n), over K.
+
+    >>> count_parameters(768, 768, rank=8, num_blocks=1), count_parameters(768, 768, rank=8, num_blocks=4)
+    (12288, 3072)
+    """
+    _check_counts(out_features, in_features, rank, num_blocks)
+    sizes = (_sizes(total, num_blocks) for total in (rank, out_features, in_features))
+    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in zip(*sizes))
+
+
+def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
+    """Upper bound on rank(delta_W) where every anchor has full rank: sum_k min(m_k, n_k, r_k rank M_k).
+
+    Without the anchor (`modulate=False`, LoRA and MELoRA) it is sum_k min(m_k, n_k, r_k). Reached by generic factors.
+
+    >>> rank_bound(768, 768, rank=8, num_blocks=4), rank_bound(768, 768, rank=8, num_blocks=4, modulate=False)
+    (768, 8)
+    """
+    _check_counts(out_features, in_features, rank, num_blocks)
+    sizes = (_sizes(total, num_blocks) for total in (rank, out_features, in_features))
+    return sum(min(m_k, n_k, r_k * (min(m_k, n_k) if modulate else 1)) for r_k, m_k, n_k in zip(*sizes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+def _fold(W0, A, B, scale, modulate):
+    """W0 + delta_W, (m, n), from the stacked pair A (r, n), B (m, r); in the wider of the dtypes of W0 and the pair."""
+    with torch.autocast(W0.device.type, enabled=False):
+        D = B @ A if W0.is_contiguous() else (A.mT @ B.mT).mT  # (m, r) @ (r, n) -> (m, n), in W0's memory layout
+    D = D.to(torch.promote_types(D.dtype, W0.dtype))
+    W0 = W0.to(D.dtype)
+    out = None if torch.is_grad_enabled() else D  # reuse the buffer where autograd does not watch
+    return torch.addcmul(W0, D, W0, value=scale, out=out) if modulate else torch.add(W0, D, alpha=scale, out=out)
+
+
+def _stack(A, B, row_order, col_order):
+    """The K pairs as one pair, A (r, n) and B (m, r): their product is B_k A_k at (rows_k, cols_k) and 0 elsewhere."""
+    A, B = torch.block_diag(*A), torch.block_diag(*B)  # in spectral order
+    return torch.empty_like(A).index_copy(1, col_order, A), torch.empty_like(B).index_copy(0, row_order, B)
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """y = x W^T + bias with W = W0 + delta_W. In two lines, which autograd could also differentiate:
+
+        W = _fold(W0, *_stack(A, B, row_order, col_order), scale, modulate=True)
+        y = F.linear(x, W, bias)
+
+    This backward is leaner by two things: of the weight gradient g^T x it computes only the K aligned blocks, 1/K of
+    the work, and it builds W again rather than keep one per layer from the forward to the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W0, bias, row_order, col_order, scale, *factors):
+        K = len(factors) // 2
+        ctx.save_for_backward(x, W0, row_order, col_order, *factors)
+        ctx.scale = scale
+        W = _fold(W0, *_stack(factors[:K], factors[K:], row_order, col_order), scale, modulate=True)
+        return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        x, W0, row_order, col_order, *factors = ctx.saved_tensors
+        K = len(factors) // 2
+        A, B = factors[:K], factors[K:]
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ _fold(W0, *_stack(A, B, row_order, col_order), ctx.scale, modulate=True).to(g.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = g.flatten(0, -2).sum(0)
+        g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
+        dA, dB = [None] * K, [None] * K
+        for k, (rows, cols, A_k, B_k) in enumerate(zip(row_order.tensor_split(K), col_order.tensor_split(K), A, B)):
+            if ctx.needs_input_grad[6 + k] or ctx.needs_input_grad[6 + K + k]:
+                G_k = g.index_select(1, rows).mT @ x.index_select(1, cols)  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
+                M_k = W0.index_select(0, rows).index_select(1, cols)
+                G_k = G_k.to(A_k.dtype) * M_k * ctx.scale  # the gradient of B_k A_k
+                dA[k], dB[k] = B_k.mT @ G_k, G_k @ A_k.mT
+        return (dx, None, dbias, None, None, None, *dA, *dB)
+
+
+def _branch_ranks(rank, num_blocks, branch_ranks):
+    if branch_ranks is None:
+        return _sizes(rank, num_blocks)
+    branch_ranks = list(branch_ranks)
+    if any(not isinstance(r_k, int) or r_k < 0 for r_k in branch_ranks) or len(branch_ranks) != num_blocks or sum(branch_ranks) != rank:
+        raise ValueError(f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {branch_ranks}")
+    return branch_ranks
+
+
+def _explicit_order(order, shape):
+    """The pair of permutations that the caller gave, checked."""
+    if isinstance(order, str) or not hasattr(order, "__len__") or len(order) != 2:
+        raise ValueError(f'order must be "spectral", "natural" or a pair of permutations (rows, columns), got {order!r}')
+    checked = []
+    for name, given, size in zip(("row", "column"), order, shape):
+        given = torch.as_tensor(given)
+        if given.shape != (size,) or given.is_floating_point() or not torch.equal(given.sort().values.cpu(), torch.arange(size)):
+            raise ValueError(f"the {name} order must be a permutation of 0..{size - 1}, got {given.dtype} of shape {tuple(given.shape)}")
+        checked.append(given.long().clone())
+    return checked
+
+
+def _is_conv1d(base):
+    """GPT-2's Conv1D of Hugging Face: a linear layer that keeps its weight as (in, out)."""
+    return any(cls.__name__ == "Conv1D" for cls in type(base).__mro__)
+
+
+def _check_linear(base):
+    """Raise unless `base` can be wrapped: a 2-D floating finite `weight` and a `bias` that is None or matches it."""
+    if isinstance(base, SMoALinear):
+        raise ValueError("this layer is adapted already: unload it first, or load another adapter onto the model")
+    if not isinstance(base, nn.Module) or not hasattr(base, "weight") or not hasattr(base, "bias"):
+        raise TypeError(f"{type(base).__name__} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias")
+    if nn.utils.parametrize.is_parametrized(base):
+        raise TypeError(f"the weight of this {type(base).__name__} is computed by a parametrization: remove that first")
+    _check_weight(base.weight)
+    m = base.weight.shape[1 if _is_conv1d(base) else 0]
+    if base.bias is not None and base.bias.shape != (m,):
+        raise TypeError(f"{type(base).__name__} is no linear layer: bias {tuple(base.bias.shape)} beside weight {tuple(base.weight.shape)}")
+
+
+class SMoALinear(nn.Module):
+    """A linear layer with a frozen base and a trainable update, y = x (W0 + delta_W)^T + bias.
+
+    Args:
+        base: nn.Linear, a module with the same `weight` (m, n) and `bias` (m,) or None, or GPT-2's Conv1D with `weight` (n, m).
+            Kept as `.base` and frozen, never copied or re-initialised.
+        rank: r >= 1, the sum of the branch ranks.
+        num_blocks: K, 1 to min(m, n).
+        alpha: the update is scaled by alpha / rank; None means alpha = rank, scale 1.
+        dropout: probability in [0, 1) on the adapter's input, never on the base's.
+        branch_ranks: K ranks that sum to `rank`; None splits it evenly, the first get the remainder, so r < K leaves blocks without a branch.
+        modulate: multiply by the anchor; False leaves B_k A_k alone.
+        order: "spectral", "natural", or a pair of permutations (rows (m,), columns (n,)). With one block "spectral" is "natural".
+
+    Attributes:
+        A, B: `A[k]` (r_k, n_k) and `B[k]` (m_k, r_k), in float32, or float64 over a float64 base.
+        row_order (m,), col_order (n,): int64 buffers; `rows[k]`, `cols[k]` are their pieces.
+        weight, bias: what the layer applies now, W0 + delta_W in the base's own orientation and dtype. For parents that read
+            them past `forward`, as nn.MultiheadAttention does.
+        merged: whether `base.weight` holds W0 + delta_W.
+    Raises:
+        TypeError: `base` is no linear layer, or its weight no 2-D floating tensor. ValueError: anything else out of range.
+    """
+
+    def __init__(self, base, rank=8, num_blocks=2, *, alpha=None, dropout=0.0, branch_ranks=None, modulate=True, order="spectral"):
+        super().__init__()
+        _check_linear(base)
+        self.transposed = _is_conv1d(base)
+        weight = base.weight.detach().mT if self.transposed else base.weight.detach()
+        m, n = self.out_features, self.in_features = weight.shape
+        _check_counts(m, n, rank, num_blocks)
+        alpha = rank if alpha is None else alpha
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {alpha!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.rank, self.num_blocks, self.alpha, self.dropout, self.modulate = rank, num_blocks, alpha, dropout, bool(modulate)
+        self.scale, self.branch_ranks = alpha / rank, _branch_ranks(rank, num_blocks, branch_ranks)
+        if order == "spectral" and num_blocks > 1:
+            row_order, col_order = spectral_order(weight)
+        elif isinstance(order, str) and order in ("spectral", "natural"):
+            row_order, col_order = torch.arange(m), torch.arange(n)
+        else:
+            row_order, col_order = _explicit_order(order, (m, n))
+        self.register_buffer("row_order", row_order.to(weight.device))
+        self.register_buffer("col_order", col_order.to(weight.device))
+        # Half precision is for the frozen weight; a factor that learns by small steps needs float32. An empty factor learns nothing.
+        options = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        for r_k, rows, cols in zip(self.branch_ranks, self.rows, self.cols):
+            A_k = torch.empty(r_k, len(cols), **options)
+            if r_k:
+                nn.init.kaiming_uniform_(A_k, a=math.sqrt(5))
+            self.A.append(nn.Parameter(A_k, requires_grad=r_k > 0))
+            self.B.append(nn.Parameter(torch.zeros(len(rows), r_k, **options), requires_grad=r_k > 0))
+        self.base = base.requires_grad_(False)
+        self.enabled = True  # False inside `disabled(model)`
+        self._replaced = None  # the blocks of W0 that a merge put aside, K times (m_k, n_k)
+        self.train(base.training)
+
+    def extra_repr(self):
+        return f"rank={self.rank}, num_blocks={self.num_blocks}, alpha={self.alpha}, dropout={self.dropout}, modulate={self.modulate}"
+
+    @property
+    def rows(self):
+        """K pieces of `row_order`: rows[k] (m_k,) are the output coordinates of block k."""
+        return self.row_order.tensor_split(self.num_blocks)
+
+    @property
+    def cols(self):
+        """K pieces of `col_order`: cols[k] (n_k,) are the input coordinates of block k."""
+        return self.col_order.tensor_split(self.num_blocks)
+
+    @property
+    def merged(self):
+        return self._replaced is not None
+
+    def original_weight(self):
+        """W0, (m, n) in the orientation of nn.Linear.weight, merged or not. A view of the base's weight where that is W0."""
+        weight = self.base.weight.mT if self.transposed else self.base.weight
+        if self.merged:
+            weight = weight.detach().clone()
+            for rows, cols, M_k in zip(self.rows, self.cols, self._replaced):
+                weight[rows[:, None], cols] = M_k.to(weight)
+        return weight
+
+    def _stacked(self):
+        return _stack(self.A, self.B, self.row_order, self.col_order)
+
+    def delta_weight(self):
+        """delta_W, (m, n) in the orientation of nn.Linear.weight, differentiable in A and B; in the dtype of the factors."""
+        A, B = self._stacked()
+        delta = self.scale * (B @ A)
+        return delta * self.original_weight() if self.modulate else delta
+
+    @property
+    def weight(self):
+        if self.merged or not self.enabled:
+            return self.base.weight
+        weight = _fold(self.original_weight(), *self._stacked(), self.scale, self.modulate).to(self.base.weight.dtype)
+        return weight.mT if self.transposed else weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        if self.merged and self.enabled and self.training and torch.is_grad_enabled():
+            return _NoGradientPastMerge.apply(self.base(x), *self.A, *self.B)
+        if self.merged or not self.enabled:
+            return self.base(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not self.modulate:  # LoRA, MELoRA: a thin detour
+            A, B = self._stacked()
+            h = F.linear(F.dropout(x, self.dropout, self.training), A.to(x.dtype))  # (T, n) @ (n, r) -> (T, r)
+            return self.base(x) + self.scale * F.linear(h, B.to(x.dtype))  # (T, r) @ (r, m) -> (T, m)
+        if self._folds():
+            return _FoldedLinear.apply(x, self.original_weight(), self.bias, self.row_order, self.col_order, self.scale, *self.A, *self.B)
+        W0 = self.original_weight()
+        z = F.dropout(x, self.dropout, self.training)
+        blocks = [F.linear(z[..., cols], (self.scale * (B_k @ A_k) * W0[rows[:, None], cols]).to(x.dtype))  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
+                  for rows, cols, A_k, B_k in zip(self.rows, self.cols, self.A, self.B)]
+        return self.base(x) + torch.cat(blocks, -1)[..., self.row_order.argsort()]
+
+    def _folds(self):
+        """Whether one matmul with W0 + delta_W says the same as two. Not under dropout, which acts on the update's input alone;
+        not over half precision, whose rounding of the sum swallows a small delta_W; not for a base with a forward of its own."""
+        plain = self.transposed or type(self.base).forward is nn.Linear.forward
+        return plain and self.base.weight.dtype in (torch.float32, torch.float64) and not (self.training and self.dropout)
+
+    @torch.no_grad()
+    def merge(self):
+        """Put W0 + delta_W into `base.weight`, in place, keeping the blocks of W0 that it replaces. Merging twice is merging once.
+
+        Every module that shares the weight sees the change: `smoa.merge(model)` checks for that, a lone layer cannot.
+        """
+        if self.merged:
+            return
+        W0 = self.original_weight().detach()
+        W = _fold(W0, *self._stacked(), self.scale, self.modulate)
+        replaced = [W0[rows[:, None], cols] for rows, cols in zip(self.rows, self.cols)]  # (m_k, n_k) each, a copy
+        for rows, cols in zip(self.rows, self.cols):
+            W0[rows[:, None], cols] = W[rows[:, None], cols].to(W0)
+        self._replaced = replaced
+
+    @torch.no_grad()
+    def unmerge(self):
+        """Put W0 back into `base.weight`, bit for bit. Harmless on a layer that is not merged."""
+        if self.merged:
+            weight = self.base.weight.detach()
+            weight.copy_(self.original_weight().mT if self.transposed else self.original_weight())
+            self._replaced = None
+
+    # A state dict always holds W0, merged or not, so that it fits a freshly injected model.
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        if self.merged:
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            weight = self.original_weight()
+            state[prefix + "base.weight"] = weight.mT if self.transposed else weight
+        return state
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class _NoGradientPastMerge(torch.autograd.Function):
+    """The identity, whose backward raises: a merged layer has no factors to train, and must not look as if it had."""
+
+    @staticmethod
+    def forward(ctx, y, *factors):
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("backward through a merged SMoALinear in training mode: call smoa.unmerge(model) to train, or model.eval()")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verbs on a model
+
+
+def _unwrap(model):
+    """The model inside DistributedDataParallel, DataParallel or torch.compile, so that names are the plain model's."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def adapters(model):
+    """Iterate over (dotted name, SMoALinear), in the order of `model.named_modules()`."""
+    return ((name, module) for name, module in _unwrap(model).named_modules() if isinstance(module, SMoALinear))
+
+
+def _replace(model, old, new):
+    """Put `new` wherever the module `old` hangs in the model; a shared module hangs in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+@contextlib.contextmanager
+def _all_or_nothing(model):
+    """An error inside leaves the model as it was: what is frozen, and what is merged."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    merged = [layer for _, layer in adapters(model) if layer.merged]
+    try:
+        yield
+    except BaseException:
+        for p, requires_grad in trained:
+            p.requires_grad_(requires_grad)
+        for layer in merged:
+            layer.merge()
+        raise
+
+
+def _build(model, modules, options_of, progress):
+    """Wrap each of {name: module} and freeze the rest; raise before the model has changed."""
+    layers = {}
+    with _all_or_nothing(model):
+        for name, module in modules.items():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            try:
+                if isinstance(owner, nn.MultiheadAttention) and options_of(name).get("dropout"):
+                    raise ValueError("nn.MultiheadAttention reads the weight past forward, where dropout cannot act: use dropout=0")
+                layers[name] = SMoALinear(module, **options_of(name))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
+            if progress is not None:
+                progress(len(layers), len(modules), name)
+    for name, layer in layers.items():
+        _replace(model, layer.base, layer)
+    factors = {id(p) for _, layer in adapters(model) for p in [*layer.A, *layer.B]}
+    for p in model.parameters():
+        p.requires_grad_(p.requires_grad and id(p) in factors)
+
+
+def inject(model, targets, *, progress=None, **layer_options):
+    """Wrap every target in a SMoALinear, in place, and freeze everything but the adapters.
+
+    Args:
+        targets: a list of names, each of which matches the modules whose dotted name equals it or ends in "." + it;
+            or one string, a regular expression that the whole dotted name must match.
+        progress: None, or a function (done, total, name), called after each layer: orders of large layers take seconds.
+        layer_options: of SMoALinear, the same for all.
+    Returns:
+        The dotted names of the layers adapted now.
+    Raises:
+        ValueError: a target matches nothing, a layer is adapted already, an option is out of range. TypeError: a match is no
+        linear layer. The model is then as before.
+    """
+    model = _unwrap(model)
+    modules = {name: module for name, module in model.named_modules() if name}
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    chosen = {}
+    for pattern in patterns:
+        if isinstance(targets, str):
+            found = [name for name in modules if re.fullmatch(pattern, name)]
+        else:
+            found = [name for name in modules if name == pattern or name.endswith("." + pattern)]
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear) or _is_conv1d(module)})
+            raise ValueError(f"the target {pattern!r} matches no module; linear layers of this model are named {', '.join(known) or '(there are none)'}")
+        chosen.update((name, modules[name]) for name in found)
+    if not chosen:
+        raise ValueError("no targets given: name at least one module")
+    inside = {name for name in chosen for outer, _ in adapters(model) if name.startswith(outer + ".")}
+    if inside:
+        raise ValueError(f"{min(inside)} is part of an adapted layer: adapting twice is not possible, unload first")
+    chosen = {name: module for name, module in modules.items() if name in chosen}  # in the model's order
+    _build(model, chosen, lambda name: layer_options, progress)
+    return list(chosen)
+
+
+_PROBES = 32
+
+
+def _sketch(weight):
+    """33 x 32 numbers that tell a weight from another: L^T W0 R / 32 with fixed probes, which keeps distances, and its norm.
+
+    For a difference E, the squared norm of L^T E R / 32 is about ||E||_F^2 (a random projection: Johnson and Lindenstrauss).
+    The probes are chirps, sqrt(2) cos(i^2 sqrt(a)): as good as random for this, and the same on every machine.
+    """
+    W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+    def probes(size):
+        i, a = (torch.arange(1, count + 1, dtype=torch.float64) for count in (size, _PROBES))
+        return (2**0.5 * torch.cos(i.square()[:, None] * a.sqrt())).to(W)
+
+    m, n = W.shape
+    S = probes(m).mT @ W @ probes(n) / _PROBES  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
+    return torch.cat([S, W.norm().expand(1, _PROBES) / _PROBES**0.5]).float().cpu()
+
+
+def state_dict(model):
+    """The adapter alone, on the model's device: per layer its factors, its orders, and a sketch of the base weight it belongs to."""
+    state = {}
+    for name, layer in adapters(model):
+        prefix = name + "." if name else ""
+        for k, (A_k, B_k) in enumerate(zip(layer.A, layer.B)):
+            state[f"{prefix}A.{k}"], state[f"{prefix}B.{k}"] = A_k.detach(), B_k.detach()
+        state[f"{prefix}row_order"], state[f"{prefix}col_order"] = layer.row_order, layer.col_order
+        state[f"{prefix}base_sketch"] = _sketch(layer.original_weight())
+    return state
+
+
+def load_state_dict(model, state, *, check_base=True):
+    """Copy an adapter's state into the adapted layers of the model, which come out unmerged.
+
+    Args:
+        state: what `state_dict` gave for layers of the same names and shapes.
+        check_base: refuse a base weight that differs from the adapter's own by more than 0.4 % in Frobenius norm:
+            enough for a cast to bfloat16 (0.2 %), too little for another checkpoint.
+    Raises:
+        ValueError: keys, shapes, orders or a base weight do not fit. The model is then as before.
+    """
+    model = _unwrap(model)
+    with _all_or_nothing(model):
+        unmerge(model)
+        mine = state_dict(model)
+        if not mine:
+            raise ValueError("the model has no adapter: inject one first, or use smoa.load, which does")
+        if mine.keys() != state.keys():
+            missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+            raise ValueError(f"the adapter's layers are not the model's: missing {missing or 'none'}, unexpected {unexpected or 'none'}")
+        for key, tensor in mine.items():
+            if tensor.shape != state[key].shape:
+                raise ValueError(f"{key}: the adapter has shape {tuple(state[key].shape)}, the model {tuple(tensor.shape)}")
+            if key.endswith("_order") and not torch.equal(state[key].cpu().sort().values, torch.arange(len(tensor))):
+                raise ValueError(f"{key} is no permutation of 0..{len(tensor) - 1}")
+            if key.endswith("base_sketch") and check_base:
+                _check_base(key.removesuffix("base_sketch").rstrip("."), tensor, state[key].cpu())
+        for key, tensor in mine.items():
+            if not key.endswith("base_sketch"):
+                tensor.copy_(state[key])
+
+
+def _check_base(name, here, theirs, tolerance=0.004):
+    norm = here[-1].norm()  # ||W0||_F
+    distance = (here - theirs).norm()
+    if not distance <= tolerance * norm:
+        raise ValueError(f"{name}: this adapter belongs to another base weight, {distance / norm:.1%} away in Frobenius norm "
+                         f"(at most {tolerance:.1%} passes); load the base it was trained on, or pass check_base=False")
+
+
+# The file is in the safetensors format: the length of a JSON header, the header, raw bytes. No pickle, so no code can run.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+def _digest(header, body):
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + body).hexdigest()
+
+
+def _config(model):
+    """What builds the adapter's layers again, but for their orders: {name: options of SMoALinear}."""
+    options = ("rank", "num_blocks", "alpha", "dropout", "branch_ranks", "modulate")
+    return {name: {option: getattr(layer, option) for option in options} for name, layer in adapters(model)}
+
+
+def save(model, path):
+    """Write the model's adapter, factors, orders and configuration, to one safetensors file; whole or not at all.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    state = state_dict(model)
+    if not state:
+        raise ValueError("the model has no adapter to save: inject one first")
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header, chunks, end = {"__metadata__": {"format": "pt", "smoa": json.dumps(_config(model))}}, [], 0
+    for key, tensor in state.items():
+        tensor = tensor.cpu().contiguous()
+        begin, end = end, end + tensor.nbytes
+        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        chunks.append(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+    body = b"".join(chunks)
+    header["__metadata__"]["sha256"] = _digest(header, body)
+    head = json.dumps(header).encode()
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head + body)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _read(path):
+    """(state, configuration) of an adapter file. ValueError if it is anything but a whole one."""
+    with open(path, "rb") as file:
+        raw = file.read()
+    try:
+        size = 8 + int.from_bytes(raw[:8], "little")
+        header, body = json.loads(raw[8:size]), raw[size:]
+        digest = header["__metadata__"].pop("sha256")
+        if digest != _digest(header, body):
+            raise ValueError("its checksum does not match its content")
+        config = json.loads(header.pop("__metadata__")["smoa"])
+        state = {}
+        for key, entry in header.items():
+            begin, end = entry["data_offsets"]
+            flat = torch.frombuffer(bytearray(body[begin:end]), dtype=_DTYPES[entry["dtype"]]) if end > begin else torch.empty(0)
+            state[key] = flat.view(entry["shape"])
+    except Exception as error:
+        raise ValueError(f"{path} is no SMoA adapter file, or is damaged: {error}") from error
+    return state, config
+
+
+def load(model, path, *, check_base=True):
+    """Give the model the adapter of a file, and no other: layers that the file names are wrapped, all others are plain again.
+
+    No spectrum is computed: the orders are in the file. Where the model has an adapter of the very same configuration, only
+    its values change and an optimizer keeps its hold on them.
+
+    Args:
+        check_base: as in `load_state_dict`.
+    Returns:
+        The names of the adapted layers.
+    Raises:
+        OSError: the file cannot be read. ValueError: it is damaged, names a layer that the model has not, or does not fit
+        the model's shapes or its base weights. The model is then as before.
+    """
+    model = _unwrap(model)
+    state, config = _read(path)
+    if config != _config(model):
+        old = dict(adapters(model))
+        plain = {name: module.base if isinstance(module, SMoALinear) else module for name, module in model.named_modules()}
+        missing = [name for name in config if name not in plain]
+        if missing:
+            raise ValueError(f"the adapter's layers {missing} are not in the model")
+        orders = {name: (state.get(f"{name}.row_order", ()), state.get(f"{name}.col_order", ())) for name in config}
+        with _all_or_nothing(model):
+            unload(model)
+            try:
+                _build(model, {name: plain[name] for name in config}, lambda name: config[name] | {"order": orders[name]}, None)
+                load_state_dict(model, state, check_base=check_base)
+            except BaseException:
+                unload(model)
+                for layer in old.values():
+                    _replace(model, layer.base, layer)
+                raise
+    else:
+        load_state_dict(model, state, check_base=check_base)
+    return list(config)
+
+
+def merge(model):
+    """Fold every update into its base weight, in place; see SMoALinear.merge.
+
+    Raises:
+        ValueError: another module shares a weight to be merged, as tied embeddings do. No layer is then merged.
+    """
+    model = _unwrap(model)
+    owners = {}
+    for name, module in model.named_modules():
+        for key, p in module.named_parameters(recurse=False):
+            owners.setdefault(p.data_ptr(), []).append(f"{name}.{key}")
+    for name, layer in adapters(model):
+        shared = owners[layer.base.weight.data_ptr()]
+        if len(shared) > 1:
+            raise ValueError(f"{name}: merging would change {' and '.join(shared)}, which are one tensor: untie them first")
+    for _, layer in adapters(model):
+        layer.merge()
+
+
+def unmerge(model):
+    """Put every base weight back, bit for bit."""
+    for _, layer in adapters(model):
+        layer.unmerge()
+
+
+def unload(model, *, merge=False):
+    """Take the adapters out: every SMoALinear becomes its base again, with the update folded in if `merge`. All stays frozen.
+
+    Returns:
+        The plain model (another object only where the model itself is a SMoALinear).
+    """
+    (_merge if merge else unmerge)(model)
+    inner = _unwrap(model)
+    for _, layer in list(adapters(inner)):
+        layer._replaced = None  # the merge, if any, is for good
+        _replace(inner, layer, layer.base)
+    return inner.base if isinstance(inner, SMoALinear) else model
+
+
+_merge = merge  # under the keyword of the same name
+
+
+@contextlib.contextmanager
+def disabled(model):
+    """A context in which the model computes exactly what its base does; merged layers are unmerged for the time."""
+    layers = [layer for _, layer in adapters(model)]
+    before = [(layer.enabled, layer.merged) for layer in layers]
+    try:
+        for layer in layers:
+            layer.unmerge()
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, (enabled, merged) in zip(layers, before):
+            layer.enabled = enabled
+            if merged:
+                layer.merge()
