@@ -101,9 +101,9 @@ def spectral_order(weight):
     norms = W.square().sum(0)  # (q,) energy of each column, exactly 0 for a zero column
     s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
     s2, V = s2.flip(0).clamp(min=0), V.flip(1)
-    if norms[norms > 0].amin() > 1e-8 * s2[0] if norms.any() else True:
+    if ((norms == 0) | (norms > 1e-7 * s2[0])).all():
         s, column_energy = s2.sqrt(), s2 * V.square() * (norms > 0)[:, None]  # (s_j V_ij)^2
-    else:  # a column so small that it drowns in the Gram matrix's rounding
+    else:  # a column so small that it drowns in the rounding of the Gram matrix
         U, s, Vh = torch.linalg.svd(W, full_matrices=False)
         V, column_energy = Vh.mT, (W.mT @ U).square()
     row_energy = (W @ V).square()  # (s_j U_ij)^2, accurate relative to each row
@@ -212,17 +212,20 @@ def _branch_ranks(rank, num_blocks, branch_ranks):
     return branch_ranks
 
 
-def _explicit_order(order, shape):
-    """The pair of permutations that the caller gave, checked."""
-    if isinstance(order, str) or not hasattr(order, "__len__") or len(order) != 2:
-        raise ValueError(f'order must be "spectral", "natural" or a pair of permutations (rows, columns), got {order!r}')
-    checked = []
-    for name, given, size in zip(("row", "column"), order, shape):
-        given = torch.as_tensor(given)
-        if given.shape != (size,) or given.is_floating_point() or not torch.equal(given.sort().values.cpu(), torch.arange(size)):
-            raise ValueError(f"the {name} order must be a permutation of 0..{size - 1}, got {given.dtype} of shape {tuple(given.shape)}")
-        checked.append(given.long().clone())
-    return checked
+def _is_permutation(order, size):
+    return order.shape == (size,) and not order.is_floating_point() and torch.equal(order.cpu().sort().values, torch.arange(size))
+
+
+def _check_order(order, m, n):
+    """The pair of permutations that the caller gave, as int64 tensors of their own."""
+    try:
+        row_order, col_order = (torch.as_tensor(o) for o in order)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'order must be "spectral", "natural" or a pair of permutations (rows, columns), got {order!r}') from None
+    if not _is_permutation(row_order, m) or not _is_permutation(col_order, n):
+        raise ValueError(f"order must hold a permutation of 0..{m - 1} for the rows and one of 0..{n - 1} for the columns, "
+                         f"got shapes {tuple(row_order.shape)} and {tuple(col_order.shape)}")
+    return row_order.long().clone(), col_order.long().clone()
 
 
 def _is_conv1d(base):
@@ -287,7 +290,7 @@ class SMoALinear(nn.Module):
         elif isinstance(order, str) and order in ("spectral", "natural"):
             row_order, col_order = torch.arange(m), torch.arange(n)
         else:
-            row_order, col_order = _explicit_order(order, (m, n))
+            row_order, col_order = _check_order(order, m, n)
         self.register_buffer("row_order", row_order.to(weight.device))
         self.register_buffer("col_order", col_order.to(weight.device))
         # Half precision is for the frozen weight; a factor that learns by small steps needs float32. An empty factor learns nothing.
@@ -431,13 +434,9 @@ class _NoGradientPastMerge(torch.autograd.Function):
 
 def _unwrap(model):
     """The model inside DistributedDataParallel, DataParallel or torch.compile, so that names are the plain model's."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    while hasattr(model, "_orig_mod") or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def adapters(model):
@@ -455,12 +454,15 @@ def _replace(model, old, new):
 
 @contextlib.contextmanager
 def _all_or_nothing(model):
-    """An error inside leaves the model as it was: what is frozen, and what is merged."""
+    """An error inside leaves the model as it was: its modules, what is frozen, and what is merged."""
+    modules = [(module, dict(module._modules)) for module in model.modules()]
     trained = [(p, p.requires_grad) for p in model.parameters()]
     merged = [layer for _, layer in adapters(model) if layer.merged]
     try:
         yield
     except BaseException:
+        for module, children in modules:
+            module._modules.update(children)
         for p, requires_grad in trained:
             p.requires_grad_(requires_grad)
         for layer in merged:
@@ -468,21 +470,19 @@ def _all_or_nothing(model):
         raise
 
 
-def _build(model, modules, options_of, progress):
-    """Wrap each of {name: module} and freeze the rest; raise before the model has changed."""
+def _wrap(model, modules, options_of, progress=None):
+    """Wrap each of {name: module} and freeze the rest of the model."""
     layers = {}
-    with _all_or_nothing(model):
-        for name, module in modules.items():
-            owner = model.get_submodule(name.rpartition(".")[0])
-            try:
-                if isinstance(owner, nn.MultiheadAttention) and options_of(name).get("dropout"):
-                    raise ValueError("nn.MultiheadAttention reads the weight past forward, where dropout cannot act: use dropout=0")
-                layers[name] = SMoALinear(module, **options_of(name))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from None
-            if progress is not None:
-                progress(len(layers), len(modules), name)
-    for name, layer in layers.items():
+    for name, module in modules.items():
+        try:
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention) and options_of(name).get("dropout"):
+                raise ValueError("nn.MultiheadAttention reads the weight past forward, where dropout cannot act: use dropout=0")
+            layers[name] = SMoALinear(module, **options_of(name))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+        if progress is not None:
+            progress(len(layers), len(modules), name)
+    for layer in layers.values():
         _replace(model, layer.base, layer)
     factors = {id(p) for _, layer in adapters(model) for p in [*layer.A, *layer.B]}
     for p in model.parameters():
@@ -505,24 +505,24 @@ def inject(model, targets, *, progress=None, **layer_options):
     """
     model = _unwrap(model)
     modules = {name: module for name, module in model.named_modules() if name}
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    chosen = {}
-    for pattern in patterns:
+    chosen = set()
+    for target in [targets] if isinstance(targets, str) else targets:
         if isinstance(targets, str):
-            found = [name for name in modules if re.fullmatch(pattern, name)]
+            found = {name for name in modules if re.fullmatch(target, name)}
         else:
-            found = [name for name in modules if name == pattern or name.endswith("." + pattern)]
+            found = {name for name in modules if f".{name}".endswith(f".{target}")}
         if not found:
-            known = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear) or _is_conv1d(module)})
-            raise ValueError(f"the target {pattern!r} matches no module; linear layers of this model are named {', '.join(known) or '(there are none)'}")
-        chosen.update((name, modules[name]) for name in found)
+            known = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear) or _is_conv1d(module)}
+            raise ValueError(f"target {target!r} matches no module; this model's linear layers are named {', '.join(sorted(known)) or '(none)'}")
+        chosen |= found
     if not chosen:
         raise ValueError("no targets given: name at least one module")
-    inside = {name for name in chosen for outer, _ in adapters(model) if name.startswith(outer + ".")}
-    if inside:
-        raise ValueError(f"{min(inside)} is part of an adapted layer: adapting twice is not possible, unload first")
+    for name in chosen:
+        if any(name.startswith(f"{outer}.") for outer, _ in adapters(model)):
+            raise ValueError(f"{name} is inside a layer that is adapted already: unload it first")
     chosen = {name: module for name, module in modules.items() if name in chosen}  # in the model's order
-    _build(model, chosen, lambda name: layer_options, progress)
+    with _all_or_nothing(model):
+        _wrap(model, chosen, lambda name: layer_options, progress)
     return list(chosen)
 
 
@@ -572,29 +572,23 @@ def load_state_dict(model, state, *, check_base=True):
     with _all_or_nothing(model):
         unmerge(model)
         mine = state_dict(model)
-        if not mine:
-            raise ValueError("the model has no adapter: inject one first, or use smoa.load, which does")
-        if mine.keys() != state.keys():
-            missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+        missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+        if missing or unexpected or not mine:
             raise ValueError(f"the adapter's layers are not the model's: missing {missing or 'none'}, unexpected {unexpected or 'none'}")
-        for key, tensor in mine.items():
-            if tensor.shape != state[key].shape:
-                raise ValueError(f"{key}: the adapter has shape {tuple(state[key].shape)}, the model {tuple(tensor.shape)}")
-            if key.endswith("_order") and not torch.equal(state[key].cpu().sort().values, torch.arange(len(tensor))):
-                raise ValueError(f"{key} is no permutation of 0..{len(tensor) - 1}")
+        for key, here in mine.items():
+            theirs = state[key]
+            if here.shape != theirs.shape:
+                raise ValueError(f"{key}: the adapter has shape {tuple(theirs.shape)}, the model {tuple(here.shape)}")
+            if key.endswith("_order") and not _is_permutation(theirs, len(here)):
+                raise ValueError(f"{key} is no permutation of 0..{len(here) - 1}")
             if key.endswith("base_sketch") and check_base:
-                _check_base(key.removesuffix("base_sketch").rstrip("."), tensor, state[key].cpu())
-        for key, tensor in mine.items():
+                distance, norm = (here - theirs.cpu()).norm(), here[-1].norm()
+                if not distance <= 0.004 * norm:
+                    raise ValueError(f"{key.removesuffix('base_sketch')[:-1]}: the adapter was made for another base weight, {distance / norm:.1%} "
+                                     "away in Frobenius norm (0.4% is allowed); load that base, or pass check_base=False")
+        for key, here in mine.items():
             if not key.endswith("base_sketch"):
-                tensor.copy_(state[key])
-
-
-def _check_base(name, here, theirs, tolerance=0.004):
-    norm = here[-1].norm()  # ||W0||_F
-    distance = (here - theirs).norm()
-    if not distance <= tolerance * norm:
-        raise ValueError(f"{name}: this adapter belongs to another base weight, {distance / norm:.1%} away in Frobenius norm "
-                         f"(at most {tolerance:.1%} passes); load the base it was trained on, or pass check_base=False")
+                here.copy_(state[key])
 
 
 # The file is in the safetensors format: the length of a JSON header, the header, raw bytes. No pickle, so no code can run.
@@ -677,26 +671,27 @@ def load(model, path, *, check_base=True):
     """
     model = _unwrap(model)
     state, config = _read(path)
-    if config != _config(model):
-        old = dict(adapters(model))
-        plain = {name: module.base if isinstance(module, SMoALinear) else module for name, module in model.named_modules()}
-        missing = [name for name in config if name not in plain]
-        if missing:
-            raise ValueError(f"the adapter's layers {missing} are not in the model")
-        orders = {name: (state.get(f"{name}.row_order", ()), state.get(f"{name}.col_order", ())) for name in config}
-        with _all_or_nothing(model):
+    missing = config.keys() - {name for name, _ in model.named_modules()}
+    if missing:
+        raise ValueError(f"the adapter's layers {sorted(missing)} are not in the model")
+    with _all_or_nothing(model):
+        if config != _config(model):
             unload(model)
-            try:
-                _build(model, {name: plain[name] for name in config}, lambda name: config[name] | {"order": orders[name]}, None)
-                load_state_dict(model, state, check_base=check_base)
-            except BaseException:
-                unload(model)
-                for layer in old.values():
-                    _replace(model, layer.base, layer)
-                raise
-    else:
+            orders = {name: (state.get(f"{name}.row_order"), state.get(f"{name}.col_order")) for name in config}
+            _wrap(model, {name: model.get_submodule(name) for name in config}, lambda name: config[name] | {"order": orders[name]})
         load_state_dict(model, state, check_base=check_base)
     return list(config)
+
+
+def _check_untied(model):
+    owners = {}
+    for name, module in _unwrap(model).named_modules():
+        for key, p in module.named_parameters(recurse=False):
+            owners.setdefault(p.data_ptr(), []).append(f"{name}.{key}")
+    for name, layer in adapters(model):
+        shared = owners[layer.base.weight.data_ptr()]
+        if len(shared) > 1:
+            raise ValueError(f"{name}: a merge would change {' and '.join(shared)}, which are one tensor: untie them first")
 
 
 def merge(model):
@@ -705,15 +700,7 @@ def merge(model):
     Raises:
         ValueError: another module shares a weight to be merged, as tied embeddings do. No layer is then merged.
     """
-    model = _unwrap(model)
-    owners = {}
-    for name, module in model.named_modules():
-        for key, p in module.named_parameters(recurse=False):
-            owners.setdefault(p.data_ptr(), []).append(f"{name}.{key}")
-    for name, layer in adapters(model):
-        shared = owners[layer.base.weight.data_ptr()]
-        if len(shared) > 1:
-            raise ValueError(f"{name}: merging would change {' and '.join(shared)}, which are one tensor: untie them first")
+    _check_untied(model)
     for _, layer in adapters(model):
         layer.merge()
 
@@ -730,29 +717,27 @@ def unload(model, *, merge=False):
     Returns:
         The plain model (another object only where the model itself is a SMoALinear).
     """
-    (_merge if merge else unmerge)(model)
+    if merge:
+        _check_untied(model)
     inner = _unwrap(model)
     for _, layer in list(adapters(inner)):
-        layer._replaced = None  # the merge, if any, is for good
+        layer.merge() if merge else layer.unmerge()
+        layer._replaced = None  # a merge is for good now
         _replace(inner, layer, layer.base)
     return inner.base if isinstance(inner, SMoALinear) else model
-
-
-_merge = merge  # under the keyword of the same name
 
 
 @contextlib.contextmanager
 def disabled(model):
     """A context in which the model computes exactly what its base does; merged layers are unmerged for the time."""
-    layers = [layer for _, layer in adapters(model)]
-    before = [(layer.enabled, layer.merged) for layer in layers]
+    before = [(layer, layer.enabled, layer.merged) for _, layer in adapters(model)]
     try:
-        for layer in layers:
+        for layer, _, _ in before:
             layer.unmerge()
             layer.enabled = False
         yield model
     finally:
-        for layer, (enabled, merged) in zip(layers, before):
+        for layer, enabled, merged in before:
             layer.enabled = enabled
             if merged:
                 layer.merge()

