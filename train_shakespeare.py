@@ -19,6 +19,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,7 @@ PRESETS = {
     "cpu": dict(
         model=dict(block_size=64, n_layer=4, n_head=4, n_embd=128),
         pretrain=dict(steps=4000, batch_size=12, lr=6e-3),
-        adapt=dict(steps=400, batch_size=24),
+        adapt=dict(steps=250, batch_size=12),
     ),
     "gpu": dict(
         model=dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.1),
@@ -45,13 +46,14 @@ PRESETS = {
     ),
 }
 
-# Learning rates, each the best of a sweep for its own method (cpu preset, rank 4, see README.md). The multiplicative methods
+# Learning rates, each the best of its own method's sweep in the study below (cpu preset, rank 4, 4 blocks). The multiplicative methods
 # step in units of |W0|, so that they want several times the rate of the additive ones: one shared rate would decide the contest.
-LEARNING_RATES = {"smoa": 1e-1, "hira": 1e-1, "lora": 3e-2, "melora": 3e-2, "full": 2e-3}
+LEARNING_RATES = {"smoa": 0.1, "hira": 0.1, "lora": 0.02, "melora": 0.04, "full": 0.004}
 TARGETS = ["qkv", "proj", "fc"]  # all linear layers but the head, which is tied to the embedding
 HELD_OUT = ("hamlet", "macbeth", "tempest")
 POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets")
 PROMPT = "My lord, I have "
+TEST_WINDOWS = 2000  # of the held-out text, evenly spread: a third of the plays, and seconds rather than tens of them
 
 
 class UsageError(Exception):
@@ -157,22 +159,24 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
 
 
-def train(model, tokens, *, steps, batch_size, lr, weight_decay, seed, label, every=250, on_evaluation=None, state=None, compiled=False):
-    """Train what requires a gradient, by AdamW; returns the median seconds of a step and the mean loss of the last tenth.
+def train(model, tokens, *, steps, batch_size, lr, weight_decay, seed, label, every=None, on_evaluation=None, state=None, compiled=False):
+    """Train what requires a gradient, by AdamW, from step 0 or from the optimizer state and step in `state`.
 
-    Under torchrun every process takes its share of each batch, and the gradients are averaged.
+    All randomness of a step comes from the seed and the step's number, so that a run can go on where another one was killed.
+    Under torchrun every process takes its share of each batch, and gradients and losses are averaged.
+    Every `every` steps, and at the last, on_evaluation(step, optimizer) is called.
+
+    Returns:
+        the loss of each step, and the median seconds a step.
     """
     device = next(model.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay), dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type != "mps")
-    first = 0
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        first = state["step"]
-    torch.manual_seed(seed) if state is None else None
+    first = 0 if state is None else state["step"]
     net = torch.compile(model) if compiled else model
     net = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None) if world > 1 else net
     model.train()
@@ -180,6 +184,7 @@ def train(model, tokens, *, steps, batch_size, lr, weight_decay, seed, label, ev
     with tqdm(total=steps, initial=first, desc=label, unit="step", disable=rank > 0, mininterval=1) as bar:
         for step in range(first, steps):
             begin = time.perf_counter()
+            torch.manual_seed(seed * 1_000_003 + step * world + rank)  # for dropout
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
             idx, targets = (t[rank::world].to(device) for t in batch(tokens, model.config.block_size, batch_size, seed, step))
@@ -189,15 +194,17 @@ def train(model, tokens, *, steps, batch_size, lr, weight_decay, seed, label, ev
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            loss = loss.detach()
+            if world > 1:
+                dist.all_reduce(loss)
+            losses.append(loss.item() / world)
             seconds.append(time.perf_counter() - begin)
             bar.update()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
-            if on_evaluation is not None and (step + 1) % every == 0:
+            if on_evaluation is not None and (step + 1 == steps or (every and (step + 1) % every == 0)):
                 on_evaluation(step + 1, optimizer)
-    tail = losses[-max(1, len(losses) // 10) :]
-    return statistics.median(seconds), sum(tail) / len(tail)
+    return losses, statistics.median(seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,16 +252,32 @@ def pretrain(config, vocabulary, texts, options, args, device, say):
         model.load_state_dict(state["model"])
         say(f"base: {path}, " + ("finished before" if state["step"] == options["steps"] else f"going on from step {state['step']}"))
 
+    curve = state["curve"] if state else []
+
     def checkpoint(step, optimizer):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            whole = dict(settings=settings, step=step, model=model.state_dict(), optimizer=optimizer.state_dict(), random=torch.get_rng_state())
-            write(path, lambda temporary: torch.save(whole, temporary))
-            tqdm.write(f"  step {step}: {evaluate(model, held_out, limit=500):.3f} on part of the held-out text")
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
+        loss = evaluate(model, held_out, limit=500)
+        tqdm.write(f"  step {step}: {loss:.4f} on a part of the held-out text")
+        curve.append((step, loss))
+        whole = dict(settings=settings, characters=vocabulary.characters, step=step, curve=curve, model=model.state_dict(), optimizer=optimizer.state_dict())
+        write(path, lambda temporary: torch.save(whole, temporary))
 
     if state is None or state["step"] < options["steps"]:
-        train(model, tokens, **options, weight_decay=0.1, seed=args.seed, label="pretrain", every=min(500, options["steps"]),
-              on_evaluation=checkpoint, state=state, compiled=args.compile)
-    return model
+        train(model, tokens, **options, weight_decay=0.1, seed=args.seed, label="pretrain", every=args.eval_every,
+              on_evaluation=checkpoint, state=state, compiled=args.compile)  # fmt: skip
+    return model, curve
+
+
+def finished_base(out):
+    """(model, vocabulary) of the newest finished base in the folder `out`, or None. For the notebooks."""
+    for path in sorted(Path(out).glob("base-*.pt"), key=os.path.getmtime, reverse=True):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["step"] == checkpoint["settings"]["steps"]:
+            model = GPT(GPTConfig(**checkpoint["settings"]["model"]))
+            model.load_state_dict(checkpoint["model"])
+            return model, Vocabulary(checkpoint["characters"])
+    return None
 
 
 def adapter_options(method, rank, blocks):
@@ -280,11 +303,11 @@ def prepare(base, method, rank, blocks):
 
 
 @torch.no_grad()
-def mean_rank(model, base):
+def mean_rank(model, base, targets=TARGETS):
     """Mean numerical rank of the weights' change over the target layers. From the factors, in float64, where there are any."""
     ranks = []
     for name, linear in base.named_modules():
-        if name.rpartition(".")[2] in TARGETS and isinstance(linear, torch.nn.Linear):
+        if any(f".{name}".endswith(f".{target}") for target in targets):
             layer = model.get_submodule(name)
             adapted = isinstance(layer, smoa.SMoALinear)
             delta = copy.deepcopy(layer).cpu().double().delta_weight() if adapted else (layer.weight - linear.weight).cpu()
@@ -311,6 +334,117 @@ def report(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The study: a function from the runs on record to the runs still wanted, so that it can be stopped, resumed and shared out
+
+STUDY_BATCH, STUDY_STEPS, STUDY_SEEDS, STUDY_WINDOWS = 12, 250, 5, 1000
+GRIDS = {"lora": 0.01, "melora": 0.01, "hira": 0.05, "smoa": 0.05, "full": 0.0005}  # lowest of four rates, each twice the one before
+
+
+def study_arms():
+    """What the study compares, by name: method, rank (LoRA's, for the parameter count), blocks, and what departs from the default."""
+    arms = {"full": dict(method="full", rank=0, blocks=0)}
+    for rank in (4, 1, 2, 8):
+        for method in ("lora", "hira"):
+            arms[f"{method} {rank}"] = dict(method=method, rank=rank, blocks=1)
+        for method in ("smoa", "melora"):
+            arms[f"{method} {rank} K=4"] = dict(method=method, rank=rank, blocks=4)
+        for order in ("natural", "random"):
+            arms[f"smoa {rank} K=4 {order}"] = dict(method="smoa", rank=rank, blocks=4, order=order)
+    # Below the parameters of a rank-1 LoRA on every layer: blocks without a branch, against LoRA on some of the layers.
+    for total, blocks in ((1, 2), (1, 4), (2, 4), (1, 8)):
+        arms[f"smoa r={total} K={blocks}"] = dict(method="smoa", rank=1, blocks=blocks, total_rank=total)
+    for targets in (["qkv"], ["fc"], ["mlp.proj"], ["attn.proj"]):
+        arms[f"lora 1 on {targets[0]}"] = dict(method="lora", rank=1, blocks=1, targets=targets)
+    # 20,000 characters of the Folio, stopped where a validation part is best.
+    for rank in (1, 4):
+        for method, blocks in (("lora", 1), ("hira", 1), ("melora", 4), ("smoa", 4)):
+            arms[f"{method} {rank} low"] = dict(method=method, rank=rank, blocks=blocks, characters=20_000)
+    arms["full low"] = dict(method="full", rank=0, blocks=0, characters=20_000)
+    # What might make SMoA win, at rank 4; longer training for both sides.
+    for variant in ("scale sqrt(r)", "anchor rms 1", "A ones", "weight decay 0.1"):
+        arms[f"smoa 4 K=4 {variant}"] = dict(method="smoa", rank=4, blocks=4, variant=variant)
+    arms["smoa 4 K=16"] = dict(method="smoa", rank=4, blocks=16)
+    for method, blocks in (("lora", 1), ("smoa", 4)):
+        arms[f"{method} 4 long"] = dict(method=method, rank=4, blocks=blocks, steps=4 * STUDY_STEPS)
+    for rank in (4, 1, 2, 8):
+        for blocks in (2, 8):
+            for method in ("smoa", "melora"):
+                arms[f"{method} {rank} K={blocks}"] = dict(method=method, rank=rank, blocks=blocks)
+    return arms
+
+
+def wanted(name, records):
+    """The (rate, seed) pairs that an arm still wants: its grid, wider while its best rate is at an edge, then more seeds at the best."""
+    mine = {(r["lr"], r["seed"]): r["validation"] for r in records if r["arm"] == name}
+    lowest = GRIDS[study_arms()[name]["method"]]
+    grid = sorted({lowest * 2**k for k in range(4)} | {lr for lr, seed in mine if seed == 0})
+    missing = [(lr, 0) for lr in grid if (lr, 0) not in mine]
+    if missing:
+        return missing
+    best = min(grid, key=lambda lr: mine[lr, 0])
+    if best in (grid[0], grid[-1]):
+        return [(best / 2 if best == grid[0] else best * 2, 0)]
+    return [(best, seed) for seed in range(1, STUDY_SEEDS) if (best, seed) not in mine]
+
+
+def study_run(name, lr, seed, base, modern, folio):
+    """Train one arm once and measure it. Rates and early stops are chosen on the validation part, never on the test plays."""
+    arm = dict(steps=STUDY_STEPS, targets=TARGETS, variant=None, order="spectral", characters=None, total_rank=None) | study_arms()[name]
+    text, validation = folio[0][:-100_000], folio[0][-100_000:]  # Folio training plays; the last of them validate
+    if arm["characters"]:
+        text = text[: arm["characters"]]
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base)
+    if arm["method"] != "full":
+        options = adapter_options(arm["method"], arm["rank"], arm["blocks"])
+        options |= dict(rank=arm["total_rank"] or options["rank"])
+        options |= dict(alpha=options["rank"] ** 1.5) if arm["variant"] == "scale sqrt(r)" else {}
+        smoa.inject(model, arm["targets"], **options | (dict(order="natural") if arm["order"] != "spectral" else {}))
+    for _, layer in smoa.adapters(model):
+        with torch.no_grad():
+            if arm["order"] == "random":
+                layer.row_order.copy_(torch.randperm(len(layer.row_order)))
+                layer.col_order.copy_(torch.randperm(len(layer.col_order)))
+            if arm["variant"] == "A ones":
+                for A_k in layer.A:
+                    A_k.fill_(1.0)
+            if arm["variant"] == "anchor rms 1":
+                layer.scale /= layer.original_weight().square().mean().sqrt().item()
+    best = dict(validation=math.inf)
+
+    def keep_best(step, _):
+        loss = evaluate(model, validation, limit=300 if arm["characters"] else STUDY_WINDOWS)
+        if loss < best["validation"]:
+            best.update(validation=loss, step=step, state={n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+
+    begin = time.time()
+    losses, _ = train(model, text, steps=arm["steps"], batch_size=STUDY_BATCH, lr=lr, seed=seed, label=f"{name} {lr:g} {seed}", every=25 if arm["characters"] else None,
+                          weight_decay=0.1 if arm["variant"] == "weight decay 0.1" else 0.0, on_evaluation=keep_best)  # fmt: skip
+    seconds = time.time() - begin
+    model.load_state_dict(best["state"], strict=False)
+    return dict(
+        arm=name, **arm, lr=lr, seed=seed, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        ranks=mean_rank(model, base, arm["targets"]), train=sum(losses[-25:]) / 25, validation=best["validation"], stopped=best["step"],
+        folio=evaluate(model, folio[1], limit=STUDY_WINDOWS), modern=evaluate(model, modern[1], limit=STUDY_WINDOWS // 2), seconds=round(seconds, 1),
+        torch=torch.__version__, device=str(next(model.parameters()).device),
+    )  # fmt: skip
+
+
+def read_records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def study(path, i, n, base, modern, folio, say):
+    """Run what the record at `path` still lacks, a line a run. Process i of n takes every n-th arm."""
+    names = list(study_arms())[i - 1 :: n]
+    while todo := [(name, *pair) for name in names for pair in wanted(name, read_records(path))]:
+        say(f"{len(todo)} runs wanted at least, next: {todo[0]}")
+        record = study_run(*todo[0], base, modern, folio)
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -328,9 +462,22 @@ def rates(items):
     return chosen
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message)
+
+
+def share(text):
+    """(1, 2) from "1/2": process 1 of 2."""
+    i, n = (int(number) for number in text.split("/"))
+    if not 1 <= i <= n:
+        raise ValueError
+    return i, n
+
+
 def parse(argv):
     swept = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--methods", nargs="+", default=["smoa", "lora"], choices=list(LEARNING_RATES), help="what adapts the base (default: smoa lora)")
     add("--rank", type=int, default=4, help="LoRA's rank; the others get what trains equally many parameters, rank x blocks for smoa and melora (default: 4)")
@@ -340,6 +487,7 @@ def parse(argv):
     add("--steps", type=int, help="steps of adaptation, for each method (default: the preset's)")
     add("--pretrain-steps", type=int, help="steps of pretraining (default: the preset's)")
     add("--batch-size", type=int, help="windows in a batch, in pretraining and adaptation (default: the preset's)")
+    add("--eval-every", type=int, default=500, help="steps of pretraining between checkpoints, each with a look at the held-out text (default: 500)")
     add("--seed", type=int, default=0, help="of the base, the factors, the batches and the samples (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--preset", choices=list(PRESETS), help="size of the model and of its training (default: gpu on cuda, else cpu)")
@@ -347,9 +495,11 @@ def parse(argv):
     add("--out", type=Path, default=Path("out"), help="where the base, the adapters and results.json go (default: out)")
     add("--data", metavar="FILE", help="pretrain on this UTF-8 text; its last tenth is held out (default: the modern-spelling plays)")
     add("--adapt-data", metavar="FILE", help="adapt to this UTF-8 text; its last tenth is held out (default: the plays as in the First Folio)")
+    add("--study", nargs="?", const="1/1", type=share, metavar="I/N", help="run what the study's record still lacks (hours), as process I of N")
+    add("--record", type=Path, default=Path("notebooks/study.jsonl"), help="the study's record, a line a run (default: notebooks/study.jsonl)")
     add("--prompt", default=PROMPT, help=f"what the samples continue (default: {PROMPT!r})")
     args = parser.parse_args(argv)
-    for name in ("rank", "blocks", "steps", "pretrain_steps", "batch_size"):
+    for name in ("rank", "blocks", "steps", "pretrain_steps", "batch_size", "eval_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.pretrain_lr is not None and not 0 < args.pretrain_lr < math.inf:
@@ -366,7 +516,7 @@ def choose_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} is not to be had here: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device {name} is not to be had here: {str(error).splitlines()[0][:100]}") from None
     return device
 
 
@@ -386,30 +536,38 @@ def run(args):
     vocabulary.encode(prompt, "--prompt")
     for method in args.methods:  # a rank or a block count that does not fit is said now, not after the pretraining
         prepare(GPT(config), method, args.rank, args.blocks)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    for options in (pretrain_options, adapt_options):
+        if options["batch_size"] % world:
+            raise UsageError(f"a batch of {options['batch_size']} cannot be shared by {world} processes: give a --batch-size that can")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "results.json", lambda temporary: temporary.touch()) if not (args.out / "results.json").exists() else None
+        tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         raise UsageError(f"cannot write to {args.out}: {error.strerror}") from None
 
     say(f"seed {args.seed}, device {device}, torch {torch.__version__}, {sum(p.numel() for p in GPT(config).parameters()):,} parameters, {config}")
-    base = pretrain(config, vocabulary, modern, pretrain_options, args, device, say)
-    if not main_process:
-        before = None
-    else:
-        before = dict(folio=evaluate(base, folio[1]), modern=evaluate(base, modern[1]))
+    begin = time.time()
+    base, curve = pretrain(config, vocabulary, modern, pretrain_options, args, device, say)
+    if args.study:
+        return study(args.record, *args.study, base, modern, folio, say)
+    texts = dict(folio=folio[1], modern=modern[1])
+    measure = lambda model: {name: evaluate(model, text, limit=TEST_WINDOWS) for name, text in texts.items()}  # noqa: E731
+    if main_process:
+        before = measure(base)
         say(f"base: loss {before['modern']:.3f} on the held-out modern text, {before['folio']:.3f} on the Folio's, in nats a character")
-    rows, samples = [], {"base": sample(base, vocabulary, prompt, args.seed)}
+        rows, samples = [], {"base": sample(base, vocabulary, prompt, args.seed)}
     for method in dict.fromkeys(args.methods):
+        torch.manual_seed(args.seed)
         model = prepare(base, method, args.rank, args.blocks)
-        seconds, train_loss = train(model, folio[0], **adapt_options, lr=learning_rates[method], weight_decay=0.0, seed=args.seed, label=method, compiled=args.compile)
+        losses, seconds = train(model, folio[0], **adapt_options, lr=learning_rates[method], weight_decay=0.0, seed=args.seed, label=method,
+                                compiled=args.compile)  # fmt: skip
         if not main_process:
             continue
-        trainable, total = (sum(p.numel() for p in parameters) for parameters in ((p for p in model.parameters() if p.requires_grad), base.parameters()))
-        rows.append(dict(
-            method=method, lr=learning_rates[method], trainable=trainable, share=trainable / total, rank=mean_rank(model, base), train=train_loss,
-            folio=[before["folio"], evaluate(model, folio[1])], modern=[before["modern"], evaluate(model, modern[1])], ms=1000 * seconds,
-        ))  # fmt: skip
+        trainable, total = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in base.parameters())
+        after = measure(model)
+        rows.append(dict(method=method, lr=learning_rates[method], trainable=trainable, share=trainable / total, rank=mean_rank(model, base),
+                         folio=[before["folio"], after["folio"]], modern=[before["modern"], after["modern"]], ms=1000 * seconds, losses=losses))  # fmt: skip
         if method == "full":
             write(args.out / "full.pt", lambda temporary: torch.save(model.state_dict(), temporary))
         else:
@@ -419,10 +577,11 @@ def run(args):
     if main_process:
         for name, text in samples.items():
             say(f"\n--- {name} ---\n{text}")
-        say(f"\n{report(rows)}\n\n{adapt_options['steps']} steps of {adapt_options['batch_size']} x {config.block_size} characters, seed {args.seed}; "
-            f"losses in nats a character on held-out text, before -> after")
-        results = dict(command=sys.argv[1:], settings=dict(model=asdict(config), pretrain=pretrain_options, adapt=adapt_options, rank=args.rank, blocks=args.blocks,
-                       seed=args.seed), torch=torch.__version__, device=str(device), rows=rows, samples=samples)  # fmt: skip
+        say(f"\n{report(rows)}\n\n{adapt_options['steps']} steps of {adapt_options['batch_size']} x {config.block_size} characters, seed {args.seed}, "
+            f"{time.time() - begin:.0f} s in all; losses in nats a character on held-out text, before -> after")
+        settings = dict(model=asdict(config), pretrain=pretrain_options, adapt=adapt_options, rank=args.rank, blocks=args.blocks, seed=args.seed)
+        results = dict(arguments=vars(args) | dict(out=str(args.out), record=str(args.record)), settings=settings, torch=torch.__version__,
+                       device=str(device), pretraining=curve, methods=rows, samples=samples)  # fmt: skip
         write(args.out / "results.json", lambda temporary: temporary.write_text(json.dumps(results, indent=2)))
 
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # smoa.py and gpt_
 
 # No deadline: the first call of an operator is slow. Few examples: each draws a shape, a weight and a configuration at once.
 settings.register_profile(
-    "smoa", deadline=None, max_examples=600, derandomize=bool(os.environ.get("CI")), suppress_health_check=[HealthCheck.too_slow]
+    "smoa", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")), suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("smoa")
 torch.set_num_threads(1)  # the matrices are tiny
