@@ -188,11 +188,15 @@ class _FoldedLinear(torch.autograd.Function):
         K = len(factors) // 2
         A, B = factors[:K], factors[K:]
         dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ _fold(W0, *_stack(A, B, row_order, col_order), ctx.scale, modulate=True).to(g.dtype)
+        shape, g, x = x.shape, g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
+        if ctx.needs_input_grad[0]:  # W by slabs of 16 MB: on a CPU the pages of a large new buffer cost more than the sums in it
+            A_hat, B_hat = _stack(A, B, row_order, col_order)
+            dx, slab = torch.zeros_like(x), max(1, 2**22 // x.shape[1])
+            for g_s, W0_s, B_s in zip(g.split(slab, 1), W0.split(slab), B_hat.split(slab)):
+                dx.addmm_(g_s, _fold(W0_s, A_hat, B_s, ctx.scale, modulate=True).to(g.dtype))  # (T, slab) @ (slab, n) -> (T, n)
+            dx = dx.view(shape)
         if ctx.needs_input_grad[2]:
-            dbias = g.flatten(0, -2).sum(0)
-        g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
+            dbias = g.sum(0)
         dA, dB = [None] * K, [None] * K
         for k, (rows, cols, A_k, B_k) in enumerate(zip(row_order.tensor_split(K), col_order.tensor_split(K), A, B)):
             if ctx.needs_input_grad[6 + k] or ctx.needs_input_grad[6 + K + k]:
@@ -237,7 +241,7 @@ def _check_linear(base):
     """Raise unless `base` can be wrapped: a 2-D floating finite `weight` and a `bias` that is None or matches it."""
     if isinstance(base, SMoALinear):
         raise ValueError("this layer is adapted already: unload it first, or load another adapter onto the model")
-    if not isinstance(base, nn.Module) or not hasattr(base, "weight") or not hasattr(base, "bias"):
+    if not isinstance(base, nn.Module) or not (hasattr(base, "weight") and hasattr(base, "bias")) or hasattr(base, "normalized_shape"):
         raise TypeError(f"{type(base).__name__} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias")
     if nn.utils.parametrize.is_parametrized(base):
         raise TypeError(f"the weight of this {type(base).__name__} is computed by a parametrization: remove that first")
@@ -345,7 +349,7 @@ class SMoALinear(nn.Module):
     @property
     def weight(self):
         if self.merged or not self.enabled:
-            return self.base.weight
+            return self._guard(self.base.weight)
         weight = _fold(self.original_weight(), *self._stacked(), self.scale, self.modulate).to(self.base.weight.dtype)
         return weight.mT if self.transposed else weight
 
@@ -354,10 +358,8 @@ class SMoALinear(nn.Module):
         return self.base.bias
 
     def forward(self, x):
-        if self.merged and self.enabled and self.training and torch.is_grad_enabled():
-            return _NoGradientPastMerge.apply(self.base(x), *self.A, *self.B)
         if self.merged or not self.enabled:
-            return self.base(x)
+            return self._guard(self.base(x))
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not self.modulate:  # LoRA, MELoRA: a thin detour
@@ -371,6 +373,11 @@ class SMoALinear(nn.Module):
         blocks = [F.linear(z[..., cols], (self.scale * (B_k @ A_k) * W0[rows[:, None], cols]).to(x.dtype))  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
                   for rows, cols, A_k, B_k in zip(self.rows, self.cols, self.A, self.B)]
         return self.base(x) + torch.cat(blocks, -1)[..., self.row_order.argsort()]
+
+    def _guard(self, tensor):
+        """The tensor, whose backward raises where a merged layer would only look as if it trained."""
+        training = self.merged and self.training and torch.is_grad_enabled()
+        return _NoGradientPastMerge.apply(tensor, *self.A, *self.B) if training else tensor
 
     def _folds(self):
         """Whether one matmul with W0 + delta_W says the same as two. Not under dropout, which acts on the update's input alone;
@@ -504,7 +511,7 @@ def inject(model, targets, *, progress=None, **layer_options):
         linear layer. The model is then as before.
     """
     model = _unwrap(model)
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen = set()
     for target in [targets] if isinstance(targets, str) else targets:
         if isinstance(targets, str):
@@ -520,7 +527,8 @@ def inject(model, targets, *, progress=None, **layer_options):
     for name in chosen:
         if any(name.startswith(f"{outer}.") for outer, _ in adapters(model)):
             raise ValueError(f"{name} is inside a layer that is adapted already: unload it first")
-    chosen = {name: module for name, module in modules.items() if name in chosen}  # in the model's order
+    wanted = {modules[name] for name in chosen}
+    chosen = {name: module for name, module in model.named_modules() if module in wanted}  # in the model's order, shared ones once
     with _all_or_nothing(model):
         _wrap(model, chosen, lambda name: layer_options, progress)
     return list(chosen)
