@@ -164,6 +164,9 @@ def _stack(A, B, row_order, col_order):
     return torch.empty_like(A).index_copy(1, col_order, A), torch.empty_like(B).index_copy(0, row_order, B)
 
 
+_PLAIN_UP_TO = 2**20  # weights in a layer; below that, autograd's full weight gradient takes less time than gathering blocks for a part of it
+
+
 class _FoldedLinear(torch.autograd.Function):
     """y = x W^T + bias with W = W0 + delta_W. In two lines, which autograd could also differentiate:
 
@@ -366,6 +369,8 @@ class SMoALinear(nn.Module):
             A, B = self._stacked()
             h = F.linear(F.dropout(x, self.dropout, self.training), A.to(x.dtype))  # (T, n) @ (n, r) -> (T, r)
             return self.base(x) + self.scale * F.linear(h, B.to(x.dtype))  # (T, r) @ (r, m) -> (T, m)
+        if self._folds() and self.base.weight.numel() <= _PLAIN_UP_TO:
+            return F.linear(x, _fold(self.original_weight(), *self._stacked(), self.scale, modulate=True), self.bias)
         if self._folds():
             return _FoldedLinear.apply(x, self.original_weight(), self.bias, self.row_order, self.col_order, self.scale, *self.A, *self.B)
         W0 = self.original_weight()

@@ -444,6 +444,59 @@ def study(path, i, n, base, modern, folio, say):
             file.write(json.dumps(record) + "\n")
 
 
+CLAIMS = {  # the first arm of each pair should have the lower loss
+    "SMoA beats LoRA at equal parameters": [(f"smoa {rank} K=4", f"lora {rank}") for rank in (1, 2, 4, 8)],
+    "the spectral order beats the natural one": [(f"smoa {rank} K=4", f"smoa {rank} K=4 natural") for rank in (1, 2, 4, 8)],
+    "the spectral order beats a random one": [(f"smoa {rank} K=4", f"smoa {rank} K=4 random") for rank in (1, 2, 4, 8)],
+    "a higher rank helps, with the anchor (HiRA against LoRA)": [(f"hira {rank}", f"lora {rank}") for rank in (1, 2, 4, 8)],
+    "a higher rank helps, without it (MELoRA against LoRA)": [(f"melora {rank} K=4", f"lora {rank}") for rank in (1, 2, 4, 8)],
+    "SMoA beats LoRA on 20,000 characters": [(f"smoa {rank} low", f"lora {rank} low") for rank in (1, 4)],
+    "below LoRA's floor, SMoA on all layers beats LoRA on some": [("smoa r=1 K=4", "lora 1 on qkv"), ("smoa r=1 K=4", "lora 1 on attn.proj")],
+}
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1, 2, ... degrees of freedom
+
+
+def interval(differences):
+    """Mean and half width of the 95 % interval of paired differences; None for fewer than three."""
+    if len(differences) < 3:
+        return None
+    return statistics.mean(differences), T_975[len(differences) - 2] * statistics.stdev(differences) / len(differences) ** 0.5
+
+
+def at_best_rate(records):
+    """{arm: {seed: record}} of the arms whose grid is complete, at the rate that validated best for seed 0."""
+    chosen = {}
+    for name in dict.fromkeys(record["arm"] for record in records):
+        if any(seed == 0 for _, seed in wanted(name, records)):
+            continue
+        mine = [record for record in records if record["arm"] == name]
+        best = min((record for record in mine if record["seed"] == 0), key=lambda record: record["validation"])["lr"]
+        chosen[name] = {record["seed"]: record for record in mine if record["lr"] == best}
+    return chosen
+
+
+def summarize(records, say=print):
+    """The table of the study, and a verdict for each claim: paired by seed, 95 % interval of Student's t."""
+    chosen = at_best_rate(records)
+    say(f"{'arm':28} {'trainable':>9} {'rank':>6} {'rate':>8} {'seeds':>5}  Folio loss (mean, standard error)  modern loss")
+    for name, runs in chosen.items():
+        folio, any_run = [run["folio"] for run in runs.values()], runs[0]
+        error = f"{statistics.stdev(folio) / len(folio) ** 0.5:.4f}" if len(folio) > 1 else "?"
+        say(f"{name:28} {any_run['trainable']:9,} {any_run['ranks']:6.1f} {any_run['lr']:8.4g} {len(folio):5}  {statistics.mean(folio):.4f} +- {error:22} "
+            f"{statistics.mean(run['modern'] for run in runs.values()):.4f}")  # fmt: skip
+    for claim, pairs in CLAIMS.items():
+        say(f"\n{claim}?")
+        for ours, theirs in pairs:
+            seeds = chosen.get(ours, {}).keys() & chosen.get(theirs, {}).keys()
+            found = interval([chosen[ours][seed]["folio"] - chosen[theirs][seed]["folio"] for seed in seeds])
+            if found is None:
+                say(f"  {ours} - {theirs}: not enough runs on record")
+                continue
+            mean, half = found
+            verdict = "holds here" if mean + half < 0 else "fails here" if mean - half > 0 else "cannot be told at this size"
+            say(f"  {ours} - {theirs}: {mean:+.4f} +- {half:.4f}, {verdict}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -496,6 +549,7 @@ def parse(argv):
     add("--data", metavar="FILE", help="pretrain on this UTF-8 text; its last tenth is held out (default: the modern-spelling plays)")
     add("--adapt-data", metavar="FILE", help="adapt to this UTF-8 text; its last tenth is held out (default: the plays as in the First Folio)")
     add("--study", nargs="?", const="1/1", type=share, metavar="I/N", help="run what the study's record still lacks (hours), as process I of N")
+    add("--study-summary", action="store_true", help="print the table and the verdicts of the study's record, and stop")
     add("--record", type=Path, default=Path("notebooks/study.jsonl"), help="the study's record, a line a run (default: notebooks/study.jsonl)")
     add("--prompt", default=PROMPT, help=f"what the samples continue (default: {PROMPT!r})")
     args = parser.parse_args(argv)
@@ -590,7 +644,8 @@ def main(argv=None):
     try:
         if distributed:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        run(parse(argv))
+        args = parse(argv)
+        summarize(read_records(args.record)) if args.study_summary else run(args)
     except UsageError as error:
         if not distributed or dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr)

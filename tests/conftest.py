@@ -15,3 +15,7 @@ settings.register_profile(
 )
 settings.load_profile("smoa")
 torch.set_num_threads(1)  # the matrices are tiny
+
+import smoa  # noqa: E402
+
+smoa._PLAIN_UP_TO = 40  # the shapes drawn have 1 to 144 weights, so that the laws meet both ways to a gradient

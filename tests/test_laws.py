@@ -748,3 +748,25 @@ def test_a_base_with_a_forward_of_its_own_is_asked_for_its_output(drawn, seed):
 def test_doctests_of_smoa_pass():
     failed, attempted = doctest.testmod(smoa)
     assert attempted > 0 and failed == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("m, n, K, r", [(9, 14, 4, 8), (14, 9, 3, 2), (11, 11, 1, 3)])
+def test_the_lean_backward_has_the_gradients_of_the_plain_formula(m, n, K, r, bias, monkeypatch):
+    torch.manual_seed(0)
+    layer = smoa.SMoALinear(nn.Linear(n, m, bias=bias).double(), r, K, alpha=3)
+    for B_k in layer.B:
+        nn.init.normal_(B_k)
+    if bias:
+        layer.bias.requires_grad_(True)
+    x, g = torch.randn(2, 5, n, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, m, dtype=torch.float64)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    grads = {}
+    for limit in (0, 10**6):
+        monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
+        y = layer(x)
+        assert ("FoldedLinear" in type(y.grad_fn).__name__) == (limit == 0)
+        grads[limit] = torch.autograd.grad(y, wanted, g)
+    for lean, plain in zip(*grads.values()):
+        assert torch.allclose(lean, plain, rtol=1e-12, atol=1e-12)
+
