@@ -166,7 +166,9 @@ def test_a_thing_that_is_no_module_is_refused(thing):
         smoa.SMoALinear(thing)
 
 
-@pytest.mark.parametrize("targets, came", [(["q_proj"], "q_proj"), (["first", "irst"], "irst"), ("fir", "fir"), ("second.*weight", "second.*weight"), ("", "''")])
+@pytest.mark.parametrize(
+    "targets, came", [(["q_proj"], "q_proj"), (["first", "irst"], "irst"), ("fir", "fir"), ("second.*weight", "second.*weight"), ("", "''")]
+)
 def test_a_target_that_matches_nothing_is_refused(targets, came):
     model = Net()
     refuse(ValueError, [came, "matches no module", "first, head, second"], lambda: smoa.inject(model, targets), model)

@@ -204,7 +204,8 @@ def test_rank_never_exceeds_the_bound(drawn):
 @given(layers(kinds=rank_friendly, **modulated_doubles))
 def test_generic_factors_reach_the_rank_bound(drawn):
     layer, W0 = drawn
-    assume(all(rank == 0 or not (W0[rows][:, cols] == 0).any() for rank, (_, rows, cols) in zip(anchor_ranks(layer, W0), aligned_blocks(layer))))
+    anchors = [W0[rows][:, cols] for _, rows, cols in aligned_blocks(layer)]
+    assume(all(not M_k.any() or (M_k != 0).all() for M_k in anchors))  # a few zeros in an anchor are not generic
     assert rank_of(layer.delta_weight()) == bound(layer, W0)
 
 
@@ -266,7 +267,7 @@ def test_a_zero_anchor_costs_rank():
 
 
 def test_the_gain_stops_at_a_block_s_side():
-    """K times LoRA's rank needs rho <= every block's sides. Over rank-1 anchors of 3 x 3, rho = 4 gives 6 and not 8; it is still not below LoRA's 4."""
+    """K times LoRA's rank needs rho <= every block's sides. Over rank-1 anchors of 3 x 3, rho = 4 gives 6, not 8: still above LoRA's 4."""
     ours = generic_layer(6, 6, 8, 2, W0=low_rank(6, 6, 0, rank=1))
     assert rank_of(ours.delta_weight()) == 6 < 2 * 4
 
@@ -377,7 +378,7 @@ def separated(W, gap=1e-5):
     return all((np.diff(np.sort(p)) > gap).all() for p in (positions(W), positions(W.T))) and (-np.diff(s) > 1e-6 * s[:-1]).all()
 
 
-separated_weights = weights(shapes=shapes_of_two_or_more, kinds=[generic, low_rank], dtypes=[torch.float64]).filter(lambda W: separated(W.numpy()))
+separated_weights = weights(shapes_of_two_or_more, [generic, low_rank], [torch.float64]).filter(lambda W: separated(W.numpy()))
 
 
 @given(separated_weights)
@@ -440,13 +441,14 @@ def test_order_is_a_permutation_and_the_same_every_time(W):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(once, in_another_layout, in_float64))
 
 
-@given(st.sampled_from([(1, 7), (7, 1), (5, 5), (64, 40), (40, 64)]), st.sampled_from(["zero", "rank one", "orthogonal", "constant"]), seeds)
-def test_ties_keep_their_natural_order(shape, kind, seed):
+@pytest.mark.parametrize("kind", ["zero", "rank one", "orthogonal", "constant"])
+@given(st.sampled_from([(1, 7), (7, 1), (5, 5), (64, 40), (40, 64)]), seeds)
+def test_ties_keep_their_natural_order(kind, shape, seed):
     m, n = shape
     W = {
         "zero": torch.zeros(shape),
         "rank one": low_rank(m, n, seed, rank=1),
-        "orthogonal": 3 * torch.linalg.qr(generic(max(shape), min(shape), seed))[0] if m >= n else 3 * torch.linalg.qr(generic(n, m, seed))[0].mT,
+        "orthogonal": with_spectrum(m, n, [3] * min(shape), seed)[2],
         "constant": torch.full(shape, 0.1),
     }[kind]
     short = min(smoa.spectral_order(W), key=len) if kind == "orthogonal" and m != n else None  # its longer side has rows of any energy
@@ -527,12 +529,16 @@ def test_gradients_are_the_dense_formula(drawn, batch, seed):
             np.testing.assert_allclose(layer.B[k].grad.numpy(), G_k @ to_numpy(layer.A[k]).T, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("base_class, modulate, dropout", [(nn.Linear, True, 0), (nn.Linear, True, 0.5), (LinearWithItsOwnForward, True, 0), (nn.Linear, False, 0.5)])
+PATHS = [(nn.Linear, True, 0), (nn.Linear, True, 0.5), (LinearWithItsOwnForward, True, 0), (nn.Linear, False, 0.5)]
+
+
+@pytest.mark.parametrize("base_class, modulate, dropout", PATHS)
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
-@settings(max_examples=3)
+@pytest.mark.parametrize("sides", [between(2, 4), st.sampled_from([7, 8])], ids=["small", "larger"])  # two ways to a gradient
+@settings(max_examples=2)
 @given(st.data())
-def test_gradients_pass_gradcheck_and_gradgradcheck(base_class, modulate, dropout, batch, data):
-    m, n, seed = data.draw(between(2, 4)), data.draw(between(2, 4)), data.draw(seeds)
+def test_gradients_pass_gradcheck_and_gradgradcheck(base_class, modulate, dropout, batch, sides, data):
+    m, n, seed = data.draw(sides), data.draw(sides), data.draw(seeds)
     drawn = data.draw(options(m, n, num_blocks=2, modulate=modulate, dropout=dropout))
     layer = fill(smoa.SMoALinear(linear(generic(m, n, seed), base_class=base_class), **drawn), seed)
     inputs = {name: p.detach().requires_grad_() for name, p in layer.named_parameters() if p.numel() and name != "base.weight"}
@@ -544,6 +550,15 @@ def test_gradients_pass_gradcheck_and_gradgradcheck(base_class, modulate, dropou
     x = normal(*batch, layer.in_features, seed=seed).requires_grad_()
     assert torch.autograd.gradcheck(forward, (x, *inputs.values()))
     assert torch.autograd.gradgradcheck(forward, (x, *inputs.values()))
+
+
+def test_input_gradient_of_a_layer_of_millions_of_weights_is_the_dense_formula():
+    base = nn.Linear(2048, 2500, bias=False)
+    layer = fill(smoa.SMoALinear(base, rank=2, num_blocks=2, order="natural"))
+    x, g = (normal(3, size, seed=size, dtype=torch.float32).requires_grad_(size == 2048) for size in (2048, 2500))
+    layer(x).backward(g)
+    exact, magnitude = (to_numpy(f(g)) @ to_numpy(f(layer.weight)) for f in (torch.clone, torch.abs))
+    assert_close(x.grad, exact, magnitude, x.dtype, 8)  # rounding errors of 2500 summands mostly cancel
 
 
 @given(layers(dtypes=[torch.float64]))
@@ -714,7 +729,8 @@ def test_inject_keeps_what_was_frozen_in_an_adapter_frozen():
 
 
 def test_targets_match_whole_parts_of_dotted_names():
-    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "my_fc": nn.Linear(4, 4), "block": nn.ModuleDict({"fc": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)})})
+    block = nn.ModuleDict({"fc": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "my_fc": nn.Linear(4, 4), "block": block})
     assert smoa.inject(model, ["fc"], rank=2) == ["fc", "block.fc"]
     assert smoa.inject(model, "block.fc2|my_f", rank=2) == ["block.fc2"]
 

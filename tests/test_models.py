@@ -19,7 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import smoa
 
 X = normal(4, 6, seed=3, dtype=torch.float32)
-BUDGETS = {"r past K": dict(rank=4, num_blocks=2), "r below K": dict(rank=2, num_blocks=4), "one block": dict(rank=2, num_blocks=1), "no anchor": dict(modulate=False)}
+BUDGETS = {
+    "r past K": dict(rank=4, num_blocks=2),
+    "r below K": dict(rank=2, num_blocks=4),  # two blocks have no branch
+    "one block": dict(rank=2, num_blocks=1),
+    "no anchor": dict(modulate=False),
+}
 
 
 def gradients(model):
@@ -40,7 +45,8 @@ def run_alone(folder, script, *args):
     """Processes that run the script beside a lone copy of smoa.py, one for each of args; with nothing else on their path."""
     shutil.copy(smoa.__file__, folder / "smoa.py")
     (folder / "script.py").write_text(textwrap.dedent(script))
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # the processes meet on 127.0.0.1
     command = [sys.executable, "-W", "error::UserWarning:smoa", "script.py"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     running = [subprocess.Popen([*command, *map(str, arg)], cwd=folder, env=environment, **pipes) for arg in args]
@@ -99,8 +105,9 @@ def test_smoa_alone_in_an_empty_folder_lives_a_whole_life(tmp_path):
 
 
 def test_smoa_imports_torch_and_the_standard_library_only():
-    imports = [line.split()[1].partition(".")[0] for line in Path(smoa.__file__).read_text().splitlines() if line.startswith(("import ", "from "))]
-    assert set(imports) - {"torch"} <= sys.stdlib_module_names
+    lines = Path(smoa.__file__).read_text().splitlines()
+    imports = {line.split()[1].partition(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    assert "torch" in imports and imports - {"torch"} <= sys.stdlib_module_names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +143,8 @@ def test_transformer_encoder_layer_applies_every_update(training, watched, merge
     model = transformer().train(training)
     before = model(SEQUENCE)
     assert smoa.inject(model, TRANSFORMER, **layer_options) == ["self_attn.out_proj", "linear1", "linear2"]
-    torch.testing.assert_close(model(SEQUENCE), before, rtol=0, atol=0 if training else 1e-5)  # in eval, trained factors leave the fast path
+    # In eval, the factors want a gradient, so that PyTorch leaves its fast path, which rounds otherwise.
+    torch.testing.assert_close(model(SEQUENCE), before, rtol=0, atol=0 if training else 1e-5)
     expected = folded(fill(model))(SEQUENCE)
     assert (expected - before).abs().max() > 0.1
     if merged:
@@ -438,7 +446,8 @@ def test_two_processes_learn_what_one_would_from_the_whole_batch(tmp_path):
                     nn.init.normal_(B_k)
             return model
 
-        for case, layer_options in enumerate([dict(rank=4, num_blocks=2), dict(rank=2, num_blocks=3), dict(rank=2, num_blocks=2, dropout=0.5)]):
+        cases = [dict(rank=4, num_blocks=2), dict(rank=2, num_blocks=3), dict(rank=2, num_blocks=2, dropout=0.5)]
+        for case, layer_options in enumerate(cases):
             alone, model = make(**layer_options), nn.parallel.DistributedDataParallel(make(**layer_options))
             x = torch.randn(8, 6)
             if "dropout" in layer_options:

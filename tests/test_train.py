@@ -39,7 +39,7 @@ def start(arguments, launcher=()):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, errors
     return output
 
