@@ -24,8 +24,8 @@ One square holds the family: `num_blocks=1, modulate=False` is LoRA (2106.09685)
 
     names = smoa.inject(model, ["q_proj", "v_proj"], rank=8, num_blocks=4)   # the rest of the model is frozen
     ...                                                                      # train as ever
-    smoa.save(model, "adapter.safetensors")                                  # factors, orders, configuration
-    smoa.load(fresh_model, "adapter.safetensors"); smoa.merge(fresh_model)   # runs at the base's own speed
+    smoa.save(model, "adapter.pt")                                           # factors, orders, configuration
+    smoa.load(fresh_model, "adapter.pt"); smoa.merge(fresh_model)            # runs at the base's own speed
 
 Where this file departs from the paper's code, and why:
 - The order is saved with the factors. Close positions sort differently on another machine, and the factors would land elsewhere.
@@ -39,9 +39,8 @@ unmerged, every forward forms W0 + delta_W, which costs as much as r more tokens
 """
 
 import contextlib
-import ctypes
 import hashlib
-import json
+import io
 import math
 import os
 import re
@@ -54,24 +53,22 @@ from torch import nn
 # Pure functions: the order, the sizes, the counts
 
 
-def _sizes(total, pieces):
-    """Lengths of the pieces of `torch.tensor_split`: as even as possible, the first ones get the remainder."""
-    return [total // pieces + (k < total % pieces) for k in range(pieces)]
-
-
-def _check_counts(out_features, in_features, rank, num_blocks):
+def _block_sizes(out_features, in_features, rank, num_blocks):
+    """[(r_k, m_k, n_k)]: each total cut as `torch.tensor_split` cuts, as evenly as possible, the first pieces get the remainder."""
     for name, value in (("out_features", out_features), ("in_features", in_features), ("rank", rank), ("num_blocks", num_blocks)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if num_blocks > min(out_features, in_features):
         raise ValueError(f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: "
                          f"at most {min(out_features, in_features)} blocks leave each a row and a column")
+    totals = (rank, out_features, in_features)
+    return [tuple(total // num_blocks + (k < total % num_blocks) for total in totals) for k in range(num_blocks)]
 
 
 def _check_weight(weight):
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        what = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise TypeError(f"a linear layer's weight must be a 2-D floating tensor, got {what}")
+        got = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise TypeError(f"a linear layer's weight must be a 2-D floating tensor, got {got}")
     if weight.is_meta:
         raise ValueError("the weight is on the meta device and has no values to order by: load or initialise the model first")
     if not torch.isfinite(weight).all():
@@ -126,9 +123,7 @@ def count_parameters(out_features, in_features, rank, num_blocks):
     >>> count_parameters(768, 768, rank=8, num_blocks=1), count_parameters(768, 768, rank=8, num_blocks=4)
     (12288, 3072)
     """
-    _check_counts(out_features, in_features, rank, num_blocks)
-    sizes = (_sizes(total, num_blocks) for total in (rank, out_features, in_features))
-    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in zip(*sizes))
+    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in _block_sizes(out_features, in_features, rank, num_blocks))
 
 
 def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
@@ -139,9 +134,8 @@ def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
     >>> rank_bound(768, 768, rank=8, num_blocks=4), rank_bound(768, 768, rank=8, num_blocks=4, modulate=False)
     (768, 8)
     """
-    _check_counts(out_features, in_features, rank, num_blocks)
-    sizes = (_sizes(total, num_blocks) for total in (rank, out_features, in_features))
-    return sum(min(m_k, n_k, r_k * (min(m_k, n_k) if modulate else 1)) for r_k, m_k, n_k in zip(*sizes))
+    sizes = _block_sizes(out_features, in_features, rank, num_blocks)
+    return sum(min(m_k, n_k, r_k * (min(m_k, n_k) if modulate else 1)) for r_k, m_k, n_k in sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +177,7 @@ class _FoldedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, W0, row_order, col_order, *factors)
         ctx.scale = scale
         W = _fold(W0, *_stack(factors[:K], factors[K:], row_order, col_order), scale, modulate=True)
-        return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, W, bias)
 
     @staticmethod
     def backward(ctx, g):
@@ -210,15 +204,6 @@ class _FoldedLinear(torch.autograd.Function):
         return (dx, None, dbias, None, None, None, *dA, *dB)
 
 
-def _branch_ranks(rank, num_blocks, branch_ranks):
-    if branch_ranks is None:
-        return _sizes(rank, num_blocks)
-    branch_ranks = list(branch_ranks)
-    if any(not isinstance(r_k, int) or r_k < 0 for r_k in branch_ranks) or len(branch_ranks) != num_blocks or sum(branch_ranks) != rank:
-        raise ValueError(f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {branch_ranks}")
-    return branch_ranks
-
-
 def _is_permutation(order, size):
     return order.shape == (size,) and not order.is_floating_point() and torch.equal(order.cpu().sort().values, torch.arange(size))
 
@@ -226,13 +211,14 @@ def _is_permutation(order, size):
 def _check_order(order, m, n):
     """The pair of permutations that the caller gave, as int64 tensors of their own."""
     try:
-        row_order, col_order = (torch.as_tensor(o) for o in order)
+        pair = [torch.as_tensor(o) for o in order]
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f'order must be "spectral", "natural" or a pair of permutations (rows, columns), got {order!r}') from None
-    if not _is_permutation(row_order, m) or not _is_permutation(col_order, n):
-        raise ValueError(f"order must hold a permutation of 0..{m - 1} for the rows and one of 0..{n - 1} for the columns, "
-                         f"got shapes {tuple(row_order.shape)} and {tuple(col_order.shape)}")
-    return row_order.long().clone(), col_order.long().clone()
+        pair = []
+    if len(pair) != 2 or not (_is_permutation(pair[0], m) and _is_permutation(pair[1], n)):
+        came = f"shapes {[tuple(o.shape) for o in pair]}" if len(pair) == 2 else repr(order)
+        raise ValueError(f'order must be "spectral", "natural" or a pair: a permutation of 0..{m - 1} for the rows and one of 0..{n - 1} '
+                         f"for the columns, got {came}")
+    return [o.long().clone() for o in pair]
 
 
 def _is_conv1d(base):
@@ -284,14 +270,17 @@ class SMoALinear(nn.Module):
         self.transposed = _is_conv1d(base)
         weight = base.weight.detach().mT if self.transposed else base.weight.detach()
         m, n = self.out_features, self.in_features = weight.shape
-        _check_counts(m, n, rank, num_blocks)
+        even = [r_k for r_k, _, _ in _block_sizes(m, n, rank, num_blocks)]
+        ranks = even if branch_ranks is None else list(branch_ranks)
+        if not all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks) or len(ranks) != num_blocks or sum(ranks) != rank:
+            raise ValueError(f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {ranks}")
         alpha = rank if alpha is None else alpha
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be positive and finite, got {alpha!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
         self.rank, self.num_blocks, self.alpha, self.dropout, self.modulate = rank, num_blocks, alpha, dropout, bool(modulate)
-        self.scale, self.branch_ranks = alpha / rank, _branch_ranks(rank, num_blocks, branch_ranks)
+        self.scale, self.branch_ranks = alpha / rank, ranks
         if order == "spectral" and num_blocks > 1:
             row_order, col_order = spectral_order(weight)
         elif isinstance(order, str) and order in ("spectral", "natural"):
@@ -517,21 +506,19 @@ def inject(model, targets, *, progress=None, **layer_options):
     """
     model = _unwrap(model)
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    chosen = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        if isinstance(targets, str):
-            found = {name for name in modules if re.fullmatch(target, name)}
-        else:
-            found = {name for name in modules if f".{name}".endswith(f".{target}")}
+    chosen, patterns = set(), {targets: targets} if isinstance(targets, str) else {target: r"(.*\.)?" + re.escape(target) for target in targets}
+    for target, pattern in patterns.items():
+        found = {name for name in modules if re.fullmatch(pattern, name)}
         if not found:
             known = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear) or _is_conv1d(module)}
             raise ValueError(f"target {target!r} matches no module; this model's linear layers are named {', '.join(sorted(known)) or '(none)'}")
         chosen |= found
     if not chosen:
         raise ValueError("no targets given: name at least one module")
+    taken = {module for _, layer in adapters(model) for module in layer.modules()}
     for name in chosen:
-        if any(name.startswith(f"{outer}.") for outer, _ in adapters(model)):
-            raise ValueError(f"{name} is inside a layer that is adapted already: unload it first")
+        if modules[name] in taken:
+            raise ValueError(f"{name} is adapted already: unload it first, or load another adapter onto the model")
     wanted = {modules[name] for name in chosen}
     chosen = {name: module for name, module in model.named_modules() if module in wanted}  # in the model's order, shared ones once
     with _all_or_nothing(model):
@@ -604,14 +591,6 @@ def load_state_dict(model, state, *, check_base=True):
                 here.copy_(state[key])
 
 
-# The file is in the safetensors format: the length of a JSON header, the header, raw bytes. No pickle, so no code can run.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-
-
-def _digest(header, body):
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + body).hexdigest()
-
-
 def _config(model):
     """What builds the adapter's layers again, but for their orders: {name: options of SMoALinear}."""
     options = ("rank", "num_blocks", "alpha", "dropout", "branch_ranks", "modulate")
@@ -619,28 +598,21 @@ def _config(model):
 
 
 def save(model, path):
-    """Write the model's adapter, factors, orders and configuration, to one safetensors file; whole or not at all.
+    """Write the model's adapter, factors, orders and configuration, to one file; whole or not at all.
+
+    The file is what `torch.save` writes of {"config": ..., "state": ...}, and its sha256 after it.
 
     Raises:
         ValueError: the model has no adapter.
     """
-    state = state_dict(model)
+    state = {key: tensor.cpu() for key, tensor in state_dict(model).items()}
     if not state:
         raise ValueError("the model has no adapter to save: inject one first")
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    header, chunks, end = {"__metadata__": {"format": "pt", "smoa": json.dumps(_config(model))}}, [], 0
-    for key, tensor in state.items():
-        tensor = tensor.cpu().contiguous()
-        begin, end = end, end + tensor.nbytes
-        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        chunks.append(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
-    body = b"".join(chunks)
-    header["__metadata__"]["sha256"] = _digest(header, body)
-    head = json.dumps(header).encode()
-    temporary = f"{path}.{os.getpid()}.tmp"
+    body, temporary = io.BytesIO(), f"{path}.{os.getpid()}.tmp"
+    torch.save({"config": _config(model), "state": state}, body)
     try:
         with open(temporary, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head + body)
+            file.write(body.getvalue() + hashlib.sha256(body.getvalue()).digest())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -648,24 +620,17 @@ def save(model, path):
 
 
 def _read(path):
-    """(state, configuration) of an adapter file. ValueError if it is anything but a whole one."""
+    """(configuration, state) of an adapter file. ValueError if it is anything but a whole one. No code in it can run."""
     with open(path, "rb") as file:
         raw = file.read()
     try:
-        size = 8 + int.from_bytes(raw[:8], "little")
-        header, body = json.loads(raw[8:size]), raw[size:]
-        digest = header["__metadata__"].pop("sha256")
-        if digest != _digest(header, body):
+        body, digest = raw[:-32], raw[-32:]
+        if not body.startswith(b"PK") or hashlib.sha256(body).digest() != digest:  # weights_only is unsafe for torch's older formats, which no PK begins
             raise ValueError("its checksum does not match its content")
-        config = json.loads(header.pop("__metadata__")["smoa"])
-        state = {}
-        for key, entry in header.items():
-            begin, end = entry["data_offsets"]
-            flat = torch.frombuffer(bytearray(body[begin:end]), dtype=_DTYPES[entry["dtype"]]) if end > begin else torch.empty(0)
-            state[key] = flat.view(entry["shape"])
+        file = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        return file["config"], {key: tensor.cpu() for key, tensor in file["state"].items()}
     except Exception as error:
         raise ValueError(f"{path} is no SMoA adapter file, or is damaged: {error}") from error
-    return state, config
 
 
 def load(model, path, *, check_base=True):
@@ -683,7 +648,7 @@ def load(model, path, *, check_base=True):
         the model's shapes or its base weights. The model is then as before.
     """
     model = _unwrap(model)
-    state, config = _read(path)
+    config, state = _read(path)
     missing = config.keys() - {name for name, _ in model.named_modules()}
     if missing:
         raise ValueError(f"the adapter's layers {sorted(missing)} are not in the model")
@@ -745,12 +710,11 @@ def disabled(model):
     """A context in which the model computes exactly what its base does; merged layers are unmerged for the time."""
     before = [(layer, layer.enabled, layer.merged) for _, layer in adapters(model)]
     try:
+        unmerge(model)
         for layer, _, _ in before:
-            layer.unmerge()
             layer.enabled = False
         yield model
     finally:
         for layer, enabled, merged in before:
             layer.enabled = enabled
-            if merged:
-                layer.merge()
+            layer.merge() if merged else None

@@ -361,8 +361,9 @@ def study_arms():
             arms[f"{method} {rank} low"] = dict(method=method, rank=rank, blocks=blocks, characters=20_000)
     arms["full low"] = dict(method="full", rank=0, blocks=0, characters=20_000)
     # What might make SMoA win, at rank 4; longer training for both sides.
-    for variant in ("scale sqrt(r)", "anchor rms 1", "A ones", "weight decay 0.1"):
+    for variant in ("scale sqrt(r)", "anchor rms 1", "A around ones", "weight decay 0.1"):
         arms[f"smoa 4 K=4 {variant}"] = dict(method="smoa", rank=4, blocks=4, variant=variant)
+    arms["smoa 1 K=4 A ones"] = dict(method="smoa", rank=1, blocks=4, variant="A ones")  # more than one row of ones would stay equal for ever
     arms["smoa 4 K=16"] = dict(method="smoa", rank=4, blocks=16)
     for method, blocks in (("lora", 1), ("smoa", 4)):
         arms[f"{method} 4 long"] = dict(method=method, rank=4, blocks=blocks, steps=4 * STUDY_STEPS)
@@ -387,6 +388,13 @@ def wanted(name, records):
     return [(best, seed) for seed in range(1, STUDY_SEEDS) if (best, seed) not in mine]
 
 
+def describe(base, modern, folio):
+    """What a record says of its base: runs on different bases must not be compared."""
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in base.parameters())
+    return dict(weights=hashlib.sha256(weights).hexdigest()[:12], folio=evaluate(base, folio[1], limit=STUDY_WINDOWS),
+                modern=evaluate(base, modern[1], limit=STUDY_WINDOWS // 2))  # fmt: skip
+
+
 def study_run(name, lr, seed, base, modern, folio):
     """Train one arm once and measure it. Rates and early stops are chosen on the validation part, never on the test plays."""
     arm = dict(steps=STUDY_STEPS, targets=TARGETS, variant=None, order="spectral", characters=None, total_rank=None) | study_arms()[name]
@@ -405,9 +413,8 @@ def study_run(name, lr, seed, base, modern, folio):
             if arm["order"] == "random":
                 layer.row_order.copy_(torch.randperm(len(layer.row_order)))
                 layer.col_order.copy_(torch.randperm(len(layer.col_order)))
-            if arm["variant"] == "A ones":
-                for A_k in layer.A:
-                    A_k.fill_(1.0)
+            for A_k in layer.A if arm["variant"] in ("A ones", "A around ones") else ():
+                A_k.mul_(arm["variant"] == "A around ones").add_(1)
             if arm["variant"] == "anchor rms 1":
                 layer.scale /= layer.original_weight().square().mean().sqrt().item()
     best = dict(validation=math.inf)
@@ -436,10 +443,12 @@ def read_records(path):
 
 def study(path, i, n, base, modern, folio, say):
     """Run what the record at `path` still lacks, a line a run. Process i of n takes every n-th arm."""
-    names = list(study_arms())[i - 1 :: n]
+    names, origin = list(study_arms())[i - 1 :: n], describe(base, modern, folio)
+    if others := {record["base"]["weights"] for record in read_records(path)} - {origin["weights"]}:
+        raise UsageError(f"the runs in {path} are of base {', '.join(others)}, this one is {origin['weights']}: give another --record")
     while todo := [(name, *pair) for name in names for pair in wanted(name, read_records(path))]:
         say(f"{len(todo)} runs wanted at least, next: {todo[0]}")
-        record = study_run(*todo[0], base, modern, folio)
+        record = dict(study_run(*todo[0], base, modern, folio), base=origin)
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -451,8 +460,13 @@ CLAIMS = {  # the first arm of each pair should have the lower loss
     "a higher rank helps, with the anchor (HiRA against LoRA)": [(f"hira {rank}", f"lora {rank}") for rank in (1, 2, 4, 8)],
     "a higher rank helps, without it (MELoRA against LoRA)": [(f"melora {rank} K=4", f"lora {rank}") for rank in (1, 2, 4, 8)],
     "SMoA beats LoRA on 20,000 characters": [(f"smoa {rank} low", f"lora {rank} low") for rank in (1, 4)],
-    "below LoRA's floor, SMoA on all layers beats LoRA on some": [("smoa r=1 K=4", "lora 1 on qkv"), ("smoa r=1 K=4", "lora 1 on attn.proj")],
-}
+    "below LoRA's floor, SMoA on all layers beats LoRA on some": [("smoa r=1 K=4", f"lora 1 on {target}") for target in ("attn.proj", "qkv", "fc", "mlp.proj")],
+    "longer training brings SMoA past LoRA": [("smoa 4 long", "lora 4 long")],
+    "another number of blocks beats four": [(f"smoa {rank} K={blocks}", f"smoa {rank} K=4") for rank in (1, 2, 4, 8) for blocks in (2, 8)],
+    "SMoA gains from what is not in the paper": [("smoa 1 K=4 A ones", "smoa 1 K=4")] + [
+        (f"smoa 4 {variant}", "smoa 4 K=4") for variant in ("K=16", "K=4 scale sqrt(r)", "K=4 anchor rms 1", "K=4 A around ones", "K=4 weight decay 0.1")
+    ],
+}  # fmt: skip
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1, 2, ... degrees of freedom
 
 
@@ -625,7 +639,7 @@ def run(args):
         if method == "full":
             write(args.out / "full.pt", lambda temporary: torch.save(model.state_dict(), temporary))
         else:
-            smoa.save(model, args.out / f"{method}.safetensors")
+            smoa.save(model, args.out / f"{method}.pt")
             smoa.merge(model)  # samples at the base's own speed
         samples[method] = sample(model, vocabulary, prompt, args.seed)
     if main_process:

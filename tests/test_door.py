@@ -253,3 +253,14 @@ def test_a_base_is_kept_and_never_copied():
     layer.merge()
     layer.unmerge()
     assert layer.base is base and base.weight is weight and layer.bias is bias and not weight.requires_grad and not bias.requires_grad
+
+
+@pytest.mark.parametrize("limit", [0, 2**20], ids=["lean", "plain"])
+@pytest.mark.parametrize("layer_options", [{}, {"modulate": False}, {"dropout": 0.1}], ids=repr)
+def test_an_input_of_another_dtype_is_refused_as_the_base_refuses_it(monkeypatch, limit, layer_options):
+    monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
+    layer = fill(smoa.SMoALinear(linear(normal(5, 8, seed=1, dtype=torch.float32)), rank=2, **layer_options))
+    for dtype in (torch.float64, torch.bfloat16):
+        for module in (layer.base, layer):
+            with pytest.raises(RuntimeError, match="dtype"):
+                module(torch.ones(3, 8, dtype=dtype))

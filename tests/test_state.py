@@ -1,7 +1,8 @@
 """What is written to a file, what is refused when it is read, and what travels in a model's own state."""
 
 import copy
-import json
+import hashlib
+import io
 import pickle
 from pathlib import Path
 
@@ -23,7 +24,7 @@ model_options = options(5, 6).map(lambda drawn: drawn | {"order": "spectral", "n
 
 @pytest.fixture
 def file(tmp_path):
-    return tmp_path / "adapter.safetensors"
+    return tmp_path / "adapter.pt"
 
 
 def all_bits(tensors):
@@ -339,13 +340,15 @@ class Payload:
 
 
 def payload_files(mark, good):
-    """Files that run code in a reader that unpickles: bare, from torch.save, and behind the header of a good file."""
-    size = 8 + int.from_bytes(good[:8], "little")
+    """Files that run code in a reader that unpickles: bare, from torch.save, in its older format too, with a checksum, and behind a good file."""
     yield pickle.dumps(Payload(mark))
-    torch.save({"state": Payload(mark)}, mark.with_suffix(".pt"))
-    yield mark.with_suffix(".pt").read_bytes()
-    yield good[:size] + pickle.dumps(Payload(mark))
+    for new_format in (True, False):
+        torch.save({"config": {}, "state": Payload(mark)}, mark.with_suffix(".pt"), _use_new_zipfile_serialization=new_format)
+        content = mark.with_suffix(".pt").read_bytes()
+        yield content
+        yield content + hashlib.sha256(content).digest()
     yield good + pickle.dumps(Payload(mark))
+    yield good[:-32] + pickle.dumps(Payload(mark)) + good[-32:]
 
 
 def test_a_file_with_a_pickled_object_is_refused_and_runs_nothing(file, tmp_path):
@@ -380,7 +383,7 @@ def test_a_flipped_bit_anywhere_is_refused(file, share, bit):
     refuse(lambda: smoa.load(model, file), model, str(file), "damaged")
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"\2\0\0\0\0\0\0\0{}", b"hello, world", json.dumps({}).encode()])
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"\2\0\0\0\0\0\0\0{}", b"hello, world", b"{}", b"PK"])
 def test_a_file_of_something_else_is_refused(file, content):
     file.write_bytes(content)
     model = Net()
@@ -395,20 +398,23 @@ def test_a_file_that_is_not_there_is_an_oserror(file):
     assert snapshot(model) == before
 
 
-def test_the_file_is_in_the_safetensors_format(file):
+def test_the_file_is_what_torch_save_writes_and_a_checksum_after_it(file):
     model = adapted()
     smoa.save(model, file)
     content = file.read_bytes()
-    size = 8 + int.from_bytes(content[:8], "little")
-    header, body, end = json.loads(content[8:size]), content[size:], 0
-    metadata = header.pop("__metadata__")
-    assert all(isinstance(value, str) for value in metadata.values())
-    for key, tensor in smoa.state_dict(model).items():
-        entry = header.pop(key)
-        begin, end = entry["data_offsets"]
-        assert entry["shape"] == list(tensor.shape) and body[begin:end] == bits(tensor)[2]
-        assert entry["dtype"] == {torch.float32: "F32", torch.int64: "I64"}[tensor.dtype]
-    assert not header and end == len(body)
+    assert content[-32:] == hashlib.sha256(content[:-32]).digest()
+    there = torch.load(io.BytesIO(content[:-32]), weights_only=True)
+    assert there.keys() == {"config", "state"} and {name: options["rank"] for name, options in there["config"].items()} == {"first": 4, "second": 4}
+    here = smoa.state_dict(model)
+    assert there["state"].keys() == here.keys() and all(torch.equal(there["state"][key], here[key]) for key in here)
+
+
+@pytest.mark.parametrize("content", [{}, {"config": {}}, {"config": {}, "state": {"A": 1}}, [1], {"config": {}, "state": []}], ids=repr)
+def test_a_whole_file_of_another_content_is_refused(file, content):
+    body, model = io.BytesIO(), Net()
+    torch.save(content, body)
+    file.write_bytes(body.getvalue() + hashlib.sha256(body.getvalue()).digest())
+    refuse(lambda: smoa.load(model, file), model, str(file), "no SMoA adapter")
 
 
 def test_save_writes_one_file_and_replaces_an_old_one_whole(file, monkeypatch):

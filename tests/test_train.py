@@ -58,13 +58,13 @@ def test_a_short_run_on_the_corpus_lowers_the_loss_of_base_and_adapters(tmp_path
     assert {row["trainable"] for row in record["methods"] if row["method"] != "full"} == {32768}  # equal budgets
     printed = capsys.readouterr().out
     assert all(f"--- {name} ---" in printed for name in ("base", *script.LEARNING_RATES))
-    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["hira.safetensors", "lora.safetensors", "melora.safetensors", "smoa.safetensors"]
+    assert all((tmp_path / f"{method}.pt").exists() for method in script.LEARNING_RATES)
 
 
 def test_a_saved_adapter_gives_its_loss_back_on_the_saved_base(own_text, tmp_path):
     script.main([*own_text, *SHORT, "--methods", "smoa", "--out", str(tmp_path / "out")])
     model, vocabulary = script.finished_base(tmp_path / "out")
-    smoa.load(model, tmp_path / "out" / "smoa.safetensors")
+    smoa.load(model, tmp_path / "out" / "smoa.pt")
     held_out = vocabulary.encode(script.own_text(tmp_path / "text.txt", 64)[1], "the text")
     assert script.evaluate(model, held_out) == pytest.approx(results(tmp_path / "out")["methods"][0]["folio"][1], abs=1e-5)
 
