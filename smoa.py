@@ -626,7 +626,7 @@ def _read(path):
     try:
         body, digest = raw[:-32], raw[-32:]
         if not body.startswith(b"PK") or hashlib.sha256(body).digest() != digest:  # weights_only is unsafe for torch's older formats, which no PK begins
-            raise ValueError("its checksum does not match its content")
+            raise ValueError("its checksum does not match, or its format is another")
         file = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         return file["config"], {key: tensor.cpu() for key, tensor in file["state"].items()}
     except Exception as error:

@@ -280,6 +280,24 @@ def finished_base(out):
     return None
 
 
+def ready_base(out, steps=600):
+    """(model, vocabulary): the newest finished base in `out`, if it has the cpu preset's size and knows the corpus, else one trained here, in a minute.
+
+    For the notebooks.
+    """
+    texts = {edition: corpus(edition) for edition in ("modern", "folio")}
+    found, preset = finished_base(out), PRESETS["cpu"]
+    if found and found[0].config.n_embd == preset["model"]["n_embd"] and set("".join(texts["folio"])) <= found[1].index.keys():
+        print(f"a finished base from {out}")
+        return found
+    vocabulary = Vocabulary("".join(texts["modern"] + texts["folio"]))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=len(vocabulary.characters), **preset["model"]))
+    train(model, vocabulary.encode(texts["modern"][0], "the corpus"), **preset["pretrain"] | dict(steps=steps), weight_decay=0.1, seed=0, label="a small base")
+    print(f"no finished base in {out}: a small one, of {steps} steps, trained here")
+    return model, vocabulary
+
+
 def adapter_options(method, rank, blocks):
     """Options of SMoALinear that train equally many parameters for every method: `rank` (m + n) a layer, LoRA's count."""
     return {
@@ -339,6 +357,10 @@ def report(rows):
 STUDY_BATCH, STUDY_STEPS, STUDY_SEEDS, STUDY_WINDOWS = 12, 250, 5, 1000
 GRIDS = {"lora": 0.01, "melora": 0.01, "hira": 0.05, "smoa": 0.05, "full": 0.0005}  # lowest of four rates, each twice the one before
 
+# What one learning rate for all would say: these arms are also tried at the same rates.
+SHARED_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+SHARED_ARMS = [f"{method} {rank}{blocks}" for rank in (1, 4) for method, blocks in (("lora", ""), ("hira", ""), ("melora", " K=4"), ("smoa", " K=4"))]
+
 
 def study_arms():
     """What the study compares, by name: method, rank (LoRA's, for the parameter count), blocks, and what departs from the default."""
@@ -378,7 +400,8 @@ def wanted(name, records):
     """The (rate, seed) pairs that an arm still wants: its grid, wider while its best rate is at an edge, then more seeds at the best."""
     mine = {(r["lr"], r["seed"]): r["validation"] for r in records if r["arm"] == name}
     lowest = GRIDS[study_arms()[name]["method"]]
-    grid = sorted({lowest * 2**k for k in range(4)} | {lr for lr, seed in mine if seed == 0})
+    grid = {lowest * 2**k for k in range(4)} | set(SHARED_RATES if name in SHARED_ARMS else ())
+    grid = sorted(grid | {lr for lr, seed in mine if seed == 0})
     missing = [(lr, 0) for lr in grid if (lr, 0) not in mine]
     if missing:
         return missing
@@ -489,26 +512,31 @@ def at_best_rate(records):
     return chosen
 
 
-def summarize(records, say=print):
-    """The table of the study, and a verdict for each claim: paired by seed, 95 % interval of Student's t."""
+def verdicts(records):
+    """(claim, ours, theirs, mean difference, half width of its 95 % interval, verdict) for each pair of CLAIMS, paired by seed."""
     chosen = at_best_rate(records)
+    for claim, pairs in CLAIMS.items():
+        for ours, theirs in pairs:
+            seeds = chosen.get(ours, {}).keys() & chosen.get(theirs, {}).keys()
+            found = interval([chosen[ours][seed]["folio"] - chosen[theirs][seed]["folio"] for seed in seeds])
+            mean, half = found or (math.nan, math.nan)
+            verdict = "holds here" if mean + half < 0 else "fails here" if mean - half > 0 else "cannot be told at this size"
+            yield claim, ours, theirs, mean, half, verdict if found else "not enough runs on record"
+
+
+def summarize(records, say=print):
+    """The table of the study, and a verdict for each claim."""
     say(f"{'arm':28} {'trainable':>9} {'rank':>6} {'rate':>8} {'seeds':>5}  Folio loss (mean, standard error)  modern loss")
-    for name, runs in chosen.items():
+    for name, runs in at_best_rate(records).items():
         folio, any_run = [run["folio"] for run in runs.values()], runs[0]
         error = f"{statistics.stdev(folio) / len(folio) ** 0.5:.4f}" if len(folio) > 1 else "?"
         say(f"{name:28} {any_run['trainable']:9,} {any_run['ranks']:6.1f} {any_run['lr']:8.4g} {len(folio):5}  {statistics.mean(folio):.4f} +- {error:22} "
             f"{statistics.mean(run['modern'] for run in runs.values()):.4f}")  # fmt: skip
-    for claim, pairs in CLAIMS.items():
-        say(f"\n{claim}?")
-        for ours, theirs in pairs:
-            seeds = chosen.get(ours, {}).keys() & chosen.get(theirs, {}).keys()
-            found = interval([chosen[ours][seed]["folio"] - chosen[theirs][seed]["folio"] for seed in seeds])
-            if found is None:
-                say(f"  {ours} - {theirs}: not enough runs on record")
-                continue
-            mean, half = found
-            verdict = "holds here" if mean + half < 0 else "fails here" if mean - half > 0 else "cannot be told at this size"
-            say(f"  {ours} - {theirs}: {mean:+.4f} +- {half:.4f}, {verdict}")
+    last = None
+    for claim, ours, theirs, mean, half, verdict in verdicts(records):
+        numbers = "" if math.isnan(mean) else f"{mean:+.4f} +- {half:.4f}, "
+        say(("" if claim == last else f"\n{claim}?\n") + f"  {ours} - {theirs}: {numbers}{verdict}")
+        last = claim
 
 
 # ---------------------------------------------------------------------------------------------------------------------

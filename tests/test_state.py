@@ -383,6 +383,14 @@ def test_a_flipped_bit_anywhere_is_refused(file, share, bit):
     refuse(lambda: smoa.load(model, file), model, str(file), "damaged")
 
 
+def test_the_older_format_which_can_hide_code_from_older_torch_is_refused(file):
+    smoa.save(adapted(), file)
+    body, model = io.BytesIO(), Net()
+    torch.save(torch.load(io.BytesIO(file.read_bytes()), weights_only=True), body, _use_new_zipfile_serialization=False)
+    file.write_bytes(body.getvalue() + hashlib.sha256(body.getvalue()).digest())
+    refuse(lambda: smoa.load(model, file), model, str(file), "no SMoA adapter")
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"\2\0\0\0\0\0\0\0{}", b"hello, world", b"{}", b"PK"])
 def test_a_file_of_something_else_is_refused(file, content):
     file.write_bytes(content)
