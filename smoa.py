@@ -158,7 +158,7 @@ def _stack(A, B, row_order, col_order):
     return torch.empty_like(A).index_copy(1, col_order, A), torch.empty_like(B).index_copy(0, row_order, B)
 
 
-_PLAIN_UP_TO = 2**20  # weights in a layer; below that, autograd's full weight gradient takes less time than gathering blocks for a part of it
+_PLAIN_UP_TO = 2**17  # weights in a layer; below that, autograd's full weight gradient takes less time than gathering blocks for a part of it
 
 
 class _FoldedLinear(torch.autograd.Function):
@@ -184,23 +184,26 @@ class _FoldedLinear(torch.autograd.Function):
         x, W0, row_order, col_order, *factors = ctx.saved_tensors
         K = len(factors) // 2
         A, B = factors[:K], factors[K:]
-        dx = dbias = None
-        shape, g, x = x.shape, g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
+        dx, dbias, shape = None, None, x.shape
+        g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
         if ctx.needs_input_grad[0]:  # W by slabs of 16 MB: on a CPU the pages of a large new buffer cost more than the sums in it
             A_hat, B_hat = _stack(A, B, row_order, col_order)
-            dx, slab = torch.zeros_like(x), max(1, 2**22 // x.shape[1])
+            slab = max(1, 2**22 // x.shape[1])
             for g_s, W0_s, B_s in zip(g.split(slab, 1), W0.split(slab), B_hat.split(slab)):
-                dx.addmm_(g_s, _fold(W0_s, A_hat, B_s, ctx.scale, modulate=True).to(g.dtype))  # (T, slab) @ (slab, n) -> (T, n)
+                W_s = _fold(W0_s, A_hat, B_s, ctx.scale, modulate=True).to(g.dtype)
+                dx = g_s @ W_s if dx is None else dx.addmm_(g_s, W_s)  # (T, slab) @ (slab, n) -> (T, n)
             dx = dx.view(shape)
         if ctx.needs_input_grad[2]:
             dbias = g.sum(0)
         dA, dB = [None] * K, [None] * K
-        for k, (rows, cols, A_k, B_k) in enumerate(zip(row_order.tensor_split(K), col_order.tensor_split(K), A, B)):
-            if ctx.needs_input_grad[6 + k] or ctx.needs_input_grad[6 + K + k]:
-                G_k = g.index_select(1, rows).mT @ x.index_select(1, cols)  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
-                M_k = W0.index_select(0, rows).index_select(1, cols)
-                G_k = G_k.to(A_k.dtype) * M_k * ctx.scale  # the gradient of B_k A_k
-                dA[k], dB[k] = B_k.mT @ G_k, G_k @ A_k.mT
+        if any(ctx.needs_input_grad[6:]):
+            sorted_g, sorted_x = g.gather(1, row_order.expand_as(g)), x.gather(1, col_order.expand_as(x))
+            pieces = (t.tensor_split(K, -1) for t in (sorted_g, sorted_x, row_order, col_order))
+            for k, (g_k, x_k, rows, cols) in enumerate(zip(*pieces)):
+                if len(A[k]):
+                    M_k = W0.index_select(0, rows).index_select(1, cols)
+                    G_k = (g_k.mT @ x_k).to(M_k.dtype) * M_k  # (m_k, T) @ (T, n_k) -> (m_k, n_k); times scale, the gradient of B_k A_k
+                    dA[k], dB[k] = ctx.scale * (B[k].mT @ G_k), ctx.scale * (G_k @ A[k].mT)
         return (dx, None, dbias, None, None, None, *dA, *dB)
 
 
