@@ -29,13 +29,13 @@ One square holds the family: `num_blocks=1, modulate=False` is LoRA (2106.09685)
 
 Where this file departs from the paper's code, and why:
 - The order is saved with the factors. Close positions sort differently on another machine, and the factors would land elsewhere.
-- Equal singular values share their mean index, and positions are compared to 6 decimals: ties never depend on rounding.
+- Equal singular values share their mean index and positions are compared to 6 decimals, so that exact ties go by index, not by rounding.
 - With one block the order changes nothing, so none is computed: the factors of K = 1 are in the coordinates of the weight.
 - Merging puts W0's own blocks aside and unmerging puts them back: bit for bit, in every dtype.
 
 When not to use it: the step is scaled by |W0|, so it wants a learning rate several times LoRA's; a zero weight cannot be
 adapted (its anchor is zero); and a higher rank is not by itself a better result, see README.md. Merge before generating token by token:
-unmerged, every forward forms W0 + delta_W, which costs as much as r more tokens.
+unmerged, a forward forms W0 + delta_W, which costs as much as r more tokens.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ import hashlib
 import io
 import math
 import os
+import pathlib
 import re
 
 import torch
@@ -106,7 +107,8 @@ def spectral_order(weight):
     row_energy = (W @ V).square()  # (s_j U_ij)^2, accurate relative to each row
 
     # Within equal singular values the basis is free, so their directions share one index, the mean.
-    group = F.pad((s[:-1] - s[1:] > 1e-9 * s[:-1]).long().cumsum(0), (1, 0))
+    s2 = s.square()
+    group = F.pad((s2[:-1] - s2[1:] > 2e-9 * s2[:-1] + 1e-14 * s2[0]).long().cumsum(0), (1, 0))  # 1e-14: the rounding of the Gram matrix
     index = torch.arange(len(s), dtype=s.dtype, device=s.device)
     index = (torch.zeros_like(s).index_add(0, group, index) / group.bincount(minlength=len(s)).clamp(min=1))[group]
 
@@ -181,20 +183,17 @@ class _FoldedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        x, W0, row_order, col_order, *factors = ctx.saved_tensors
+        x, W0, row_order, col_order, *factors = ctx.saved_tensors  # (T, n), (m, n)
         K = len(factors) // 2
         A, B = factors[:K], factors[K:]
-        dx, dbias, shape = None, None, x.shape
-        g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
+        dx = None
         if ctx.needs_input_grad[0]:  # W by slabs of 16 MB: on a CPU the pages of a large new buffer cost more than the sums in it
             A_hat, B_hat = _stack(A, B, row_order, col_order)
-            slab = max(1, 2**22 // x.shape[1])
+            slab = max(1, 2**22 // x.shape[1]) if g.dtype == W0.dtype else len(W0)
             for g_s, W0_s, B_s in zip(g.split(slab, 1), W0.split(slab), B_hat.split(slab)):
                 W_s = _fold(W0_s, A_hat, B_s, ctx.scale, modulate=True).to(g.dtype)
                 dx = g_s @ W_s if dx is None else dx.addmm_(g_s, W_s)  # (T, slab) @ (slab, n) -> (T, n)
-            dx = dx.view(shape)
-        if ctx.needs_input_grad[2]:
-            dbias = g.sum(0)
+        dbias = g.sum(0) if ctx.needs_input_grad[2] else None
         dA, dB = [None] * K, [None] * K
         if any(ctx.needs_input_grad[6:]):
             sorted_g, sorted_x = g.gather(1, row_order.expand_as(g)), x.gather(1, col_order.expand_as(x))
@@ -208,19 +207,18 @@ class _FoldedLinear(torch.autograd.Function):
 
 
 def _is_permutation(order, size):
-    return order.shape == (size,) and not order.is_floating_point() and torch.equal(order.cpu().sort().values, torch.arange(size))
+    return order.ndim == 1 and not order.is_floating_point() and sorted(order.tolist()) == list(range(size))
 
 
 def _check_order(order, m, n):
     """The pair of permutations that the caller gave, as int64 tensors of their own."""
     try:
-        pair = [torch.as_tensor(o) for o in order]
+        pair = [torch.as_tensor(o, device="cpu") for o in order]
     except (TypeError, ValueError, RuntimeError):
         pair = []
     if len(pair) != 2 or not (_is_permutation(pair[0], m) and _is_permutation(pair[1], n)):
-        came = f"shapes {[tuple(o.shape) for o in pair]}" if len(pair) == 2 else repr(order)
         raise ValueError(f'order must be "spectral", "natural" or a pair: a permutation of 0..{m - 1} for the rows and one of 0..{n - 1} '
-                         f"for the columns, got {came}")
+                         f"for the columns, got {f'shapes {[tuple(o.shape) for o in pair]}' if pair else repr(order)}")
     return [o.long().clone() for o in pair]
 
 
@@ -235,8 +233,8 @@ def _check_linear(base):
         raise ValueError("this layer is adapted already: unload it first, or load another adapter onto the model")
     if not isinstance(base, nn.Module) or not (hasattr(base, "weight") and hasattr(base, "bias")) or hasattr(base, "normalized_shape"):
         raise TypeError(f"{type(base).__name__} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias")
-    if nn.utils.parametrize.is_parametrized(base):
-        raise TypeError(f"the weight of this {type(base).__name__} is computed by a parametrization: remove that first")
+    if "weight" not in base._parameters:
+        raise TypeError(f"the weight of this {type(base).__name__} is no parameter but computed, by a parametrization or a hook: remove that first")
     _check_weight(base.weight)
     m = base.weight.shape[1 if _is_conv1d(base) else 0]
     if base.bias is not None and base.bias.shape != (m,):
@@ -260,8 +258,8 @@ class SMoALinear(nn.Module):
     Attributes:
         A, B: `A[k]` (r_k, n_k) and `B[k]` (m_k, r_k), in float32, or float64 over a float64 base.
         row_order (m,), col_order (n,): int64 buffers; `rows[k]`, `cols[k]` are their pieces.
-        weight, bias: what the layer applies now, W0 + delta_W in the base's own orientation and dtype. For parents that read
-            them past `forward`, as nn.MultiheadAttention does.
+        weight, bias: W0 + delta_W, in the base's own orientation and rounded to its dtype. For parents that read them past
+            `forward`, as nn.MultiheadAttention does.
         merged: whether `base.weight` holds W0 + delta_W.
     Raises:
         TypeError: `base` is no linear layer, or its weight no 2-D floating tensor. ValueError: anything else out of range.
@@ -271,36 +269,30 @@ class SMoALinear(nn.Module):
         super().__init__()
         _check_linear(base)
         self.transposed = _is_conv1d(base)
-        weight = base.weight.detach().mT if self.transposed else base.weight.detach()
+        weight = self._turn(base.weight.detach())
         m, n = self.out_features, self.in_features = weight.shape
-        even = [r_k for r_k, _, _ in _block_sizes(m, n, rank, num_blocks)]
-        ranks = even if branch_ranks is None else list(branch_ranks)
+        sizes = _block_sizes(m, n, rank, num_blocks)
+        ranks = [r_k for r_k, _, _ in sizes] if branch_ranks is None else list(branch_ranks)
         if not all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks) or len(ranks) != num_blocks or sum(ranks) != rank:
             raise ValueError(f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {ranks}")
-        alpha = rank if alpha is None else alpha
+        alpha, dropout = float(rank if alpha is None else alpha), float(dropout)
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be positive and finite, got {alpha!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
         self.rank, self.num_blocks, self.alpha, self.dropout, self.modulate = rank, num_blocks, alpha, dropout, bool(modulate)
         self.scale, self.branch_ranks = alpha / rank, ranks
-        if order == "spectral" and num_blocks > 1:
-            row_order, col_order = spectral_order(weight)
-        elif isinstance(order, str) and order in ("spectral", "natural"):
-            row_order, col_order = torch.arange(m), torch.arange(n)
-        else:
-            row_order, col_order = _check_order(order, m, n)
-        self.register_buffer("row_order", row_order.to(weight.device))
-        self.register_buffer("col_order", col_order.to(weight.device))
+        if isinstance(order, str) and order in ("spectral", "natural"):
+            order = spectral_order(weight) if order == "spectral" and num_blocks > 1 else (range(m), range(n))
+        for name, o in zip(("row_order", "col_order"), _check_order(order, m, n)):
+            self.register_buffer(name, o.to(weight.device))
         # Half precision is for the frozen weight; a factor that learns by small steps needs float32. An empty factor learns nothing.
         options = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        for r_k, rows, cols in zip(self.branch_ranks, self.rows, self.cols):
-            A_k = torch.empty(r_k, len(cols), **options)
-            if r_k:
-                nn.init.kaiming_uniform_(A_k, a=math.sqrt(5))
-            self.A.append(nn.Parameter(A_k, requires_grad=r_k > 0))
-            self.B.append(nn.Parameter(torch.zeros(len(rows), r_k, **options), requires_grad=r_k > 0))
+        for r_k, (_, m_k, n_k) in zip(ranks, sizes):
+            A_k = torch.empty(r_k, n_k, **options)
+            self.A.append(nn.Parameter(nn.init.kaiming_uniform_(A_k, a=math.sqrt(5)) if r_k else A_k, requires_grad=r_k > 0))
+            self.B.append(nn.Parameter(torch.zeros(m_k, r_k, **options), requires_grad=r_k > 0))
         self.base = base.requires_grad_(False)
         self.enabled = True  # False inside `disabled(model)`
         self._replaced = None  # the blocks of W0 that a merge put aside, K times (m_k, n_k)
@@ -323,14 +315,22 @@ class SMoALinear(nn.Module):
     def merged(self):
         return self._replaced is not None
 
+    def _turn(self, weight):
+        """From the base's own orientation to nn.Linear's (m, n), or back."""
+        return weight.mT if self.transposed else weight
+
+    def _blocks(self, weight):
+        return [weight[rows[:, None], cols] for rows, cols in zip(self.rows, self.cols)]  # (m_k, n_k) each, a copy
+
+    def _put(self, blocks, weight):
+        for rows, cols, block in zip(self.rows, self.cols, blocks):
+            weight[rows[:, None], cols] = block.to(weight)
+        return weight
+
     def original_weight(self):
         """W0, (m, n) in the orientation of nn.Linear.weight, merged or not. A view of the base's weight where that is W0."""
-        weight = self.base.weight.mT if self.transposed else self.base.weight
-        if self.merged:
-            weight = weight.detach().clone()
-            for rows, cols, M_k in zip(self.rows, self.cols, self._replaced):
-                weight[rows[:, None], cols] = M_k.to(weight)
-        return weight
+        weight = self._turn(self.base.weight)
+        return self._put(self._replaced, weight.detach().clone()) if self.merged else weight
 
     def _stacked(self):
         return _stack(self.A, self.B, self.row_order, self.col_order)
@@ -338,15 +338,15 @@ class SMoALinear(nn.Module):
     def delta_weight(self):
         """delta_W, (m, n) in the orientation of nn.Linear.weight, differentiable in A and B; in the dtype of the factors."""
         A, B = self._stacked()
-        delta = self.scale * (B @ A)
+        with torch.autocast(A.device.type, enabled=False):
+            delta = self.scale * (B @ A)
         return delta * self.original_weight() if self.modulate else delta
 
     @property
     def weight(self):
         if self.merged or not self.enabled:
             return self._guard(self.base.weight)
-        weight = _fold(self.original_weight(), *self._stacked(), self.scale, self.modulate).to(self.base.weight.dtype)
-        return weight.mT if self.transposed else weight
+        return self._turn(_fold(self.original_weight(), *self._stacked(), self.scale, self.modulate)).to(self.base.weight.dtype)
 
     @property
     def bias(self):
@@ -355,19 +355,21 @@ class SMoALinear(nn.Module):
     def forward(self, x):
         if self.merged or not self.enabled:
             return self._guard(self.base(x))
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        z = x  # what the update reads; the base casts for itself
+        if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+            z = x.to(torch.get_autocast_dtype(x.device.type))
         if not self.modulate:  # LoRA, MELoRA: a thin detour
             A, B = self._stacked()
-            h = F.linear(F.dropout(x, self.dropout, self.training), A.to(x.dtype))  # (T, n) @ (n, r) -> (T, r)
-            return self.base(x) + self.scale * F.linear(h, B.to(x.dtype))  # (T, r) @ (r, m) -> (T, m)
-        if self._folds() and self.base.weight.numel() <= _PLAIN_UP_TO:
-            return F.linear(x, _fold(self.original_weight(), *self._stacked(), self.scale, modulate=True), self.bias)
-        if self._folds():
-            return _FoldedLinear.apply(x, self.original_weight(), self.bias, self.row_order, self.col_order, self.scale, *self.A, *self.B)
+            h = F.linear(F.dropout(z, self.dropout, self.training), A.to(z.dtype))  # (T, n) @ (n, r) -> (T, r)
+            return self.base(x) + self.scale * F.linear(h, B.to(z.dtype))  # (T, r) @ (r, m) -> (T, m)
         W0 = self.original_weight()
-        z = F.dropout(x, self.dropout, self.training)
-        blocks = [F.linear(z[..., cols], (self.scale * (B_k @ A_k) * W0[rows[:, None], cols]).to(x.dtype))  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
+        if self._folds() and (W0.numel() <= _PLAIN_UP_TO or W0.requires_grad):
+            return F.linear(z, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias)
+        if self._folds():
+            y = _FoldedLinear.apply(z.reshape(-1, z.shape[-1]), W0, self.bias, self.row_order, self.col_order, self.scale, *self.A, *self.B)
+            return y.view(*x.shape[:-1], self.out_features)
+        z = F.dropout(z, self.dropout, self.training)
+        blocks = [F.linear(z[..., cols], (self.scale * (B_k @ A_k) * W0[rows[:, None], cols]).to(z.dtype))  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
                   for rows, cols, A_k, B_k in zip(self.rows, self.cols, self.A, self.B)]
         return self.base(x) + torch.cat(blocks, -1)[..., self.row_order.argsort()]
 
@@ -379,7 +381,8 @@ class SMoALinear(nn.Module):
     def _folds(self):
         """Whether one matmul with W0 + delta_W says the same as two. Not under dropout, which acts on the update's input alone;
         not over half precision, whose rounding of the sum swallows a small delta_W; not for a base with a forward of its own."""
-        plain = self.transposed or type(self.base).forward is nn.Linear.forward
+        plain = "forward" not in vars(self.base) and (self.transposed or type(self.base).forward is nn.Linear.forward)
+        plain = plain and not (self.base._forward_pre_hooks or self.base._forward_hooks or self.base._backward_hooks)
         return plain and self.base.weight.dtype in (torch.float32, torch.float64) and not (self.training and self.dropout)
 
     @torch.no_grad()
@@ -388,21 +391,17 @@ class SMoALinear(nn.Module):
 
         Every module that shares the weight sees the change: `smoa.merge(model)` checks for that, a lone layer cannot.
         """
-        if self.merged:
-            return
-        W0 = self.original_weight().detach()
-        W = _fold(W0, *self._stacked(), self.scale, self.modulate)
-        replaced = [W0[rows[:, None], cols] for rows, cols in zip(self.rows, self.cols)]  # (m_k, n_k) each, a copy
-        for rows, cols in zip(self.rows, self.cols):
-            W0[rows[:, None], cols] = W[rows[:, None], cols].to(W0)
-        self._replaced = replaced
+        if not self.merged:
+            W0 = self.original_weight().detach()
+            W = _fold(W0, *self._stacked(), self.scale, self.modulate)
+            self._replaced = self._blocks(W0)
+            self._put(self._blocks(W), W0)
 
     @torch.no_grad()
     def unmerge(self):
         """Put W0 back into `base.weight`, bit for bit. Harmless on a layer that is not merged."""
         if self.merged:
-            weight = self.base.weight.detach()
-            weight.copy_(self.original_weight().mT if self.transposed else self.original_weight())
+            self._put(self._replaced, self._turn(self.base.weight.detach()))
             self._replaced = None
 
     # A state dict always holds W0, merged or not, so that it fits a freshly injected model.
@@ -410,9 +409,7 @@ class SMoALinear(nn.Module):
     def state_dict(self, *args, **kwargs):
         state = super().state_dict(*args, **kwargs)
         if self.merged:
-            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-            weight = self.original_weight()
-            state[prefix + "base.weight"] = weight.mT if self.transposed else weight
+            state[kwargs.get("prefix", "") + "base.weight"] = self._turn(self.original_weight())
         return state
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -425,7 +422,7 @@ class _NoGradientPastMerge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, *factors):
-        return y.view_as(y)
+        return y.clone()  # a view could not be changed in place, as nn.ReLU(inplace=True) does
 
     @staticmethod
     def backward(ctx, g):
@@ -476,7 +473,9 @@ def _all_or_nothing(model):
 
 def _wrap(model, modules, options_of, progress=None):
     """Wrap each of {name: module} and freeze the rest of the model."""
-    layers = {}
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("adapt the model before DistributedDataParallel wraps it: that has listed the parameters to synchronise already")
+    model, layers = _unwrap(model), {}
     for name, module in modules.items():
         try:
             if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention) and options_of(name).get("dropout"):
@@ -507,24 +506,22 @@ def inject(model, targets, *, progress=None, **layer_options):
         ValueError: a target matches nothing, a layer is adapted already, an option is out of range. TypeError: a match is no
         linear layer. The model is then as before.
     """
-    model = _unwrap(model)
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    chosen, patterns = set(), {targets: targets} if isinstance(targets, str) else {target: r"(.*\.)?" + re.escape(target) for target in targets}
+    inner = _unwrap(model)
+    modules = {name: module for name, module in inner.named_modules(remove_duplicate=False) if name}
+    wanted, patterns = set(), {targets: targets} if isinstance(targets, str) else {target: r"(.*\.)?" + re.escape(target) for target in targets}
     for target, pattern in patterns.items():
-        found = {name for name in modules if re.fullmatch(pattern, name)}
+        found = {module for name, module in modules.items() if re.fullmatch(pattern, name)}
         if not found:
             known = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear) or _is_conv1d(module)}
             raise ValueError(f"target {target!r} matches no module; this model's linear layers are named {', '.join(sorted(known)) or '(none)'}")
-        chosen |= found
-    if not chosen:
+        wanted |= found
+    if not wanted:
         raise ValueError("no targets given: name at least one module")
-    taken = {module for _, layer in adapters(model) for module in layer.modules()}
-    for name in chosen:
-        if modules[name] in taken:
-            raise ValueError(f"{name} is adapted already: unload it first, or load another adapter onto the model")
-    wanted = {modules[name] for name in chosen}
-    chosen = {name: module for name, module in model.named_modules() if module in wanted}  # in the model's order, shared ones once
-    with _all_or_nothing(model):
+    chosen = {name: module for name, module in inner.named_modules() if module in wanted}  # in the model's order, shared ones once
+    adapted = {module for _, layer in adapters(model) for module in layer.modules()}
+    if adapted & wanted:
+        raise ValueError(f"{[name for name in chosen if chosen[name] in adapted]} are adapted already: unload first, or load another adapter")
+    with _all_or_nothing(inner):
         _wrap(model, chosen, lambda name: layer_options, progress)
     return list(chosen)
 
@@ -545,18 +542,17 @@ def _sketch(weight):
         return (2**0.5 * torch.cos(i.square()[:, None] * a.sqrt())).to(W)
 
     m, n = W.shape
-    S = probes(m).mT @ W @ probes(n) / _PROBES  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
+    with torch.autocast(W.device.type, enabled=False):
+        S = probes(m).mT @ W @ probes(n) / _PROBES  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
     return torch.cat([S, W.norm().expand(1, _PROBES) / _PROBES**0.5]).float().cpu()
 
 
 def state_dict(model):
-    """The adapter alone, on the model's device: per layer its factors, its orders, and a sketch of the base weight it belongs to."""
+    """The adapter alone: per layer its factors and orders, as views of the live ones, and a sketch of the base weight it belongs to."""
     state = {}
     for name, layer in adapters(model):
         prefix = name + "." if name else ""
-        for k, (A_k, B_k) in enumerate(zip(layer.A, layer.B)):
-            state[f"{prefix}A.{k}"], state[f"{prefix}B.{k}"] = A_k.detach(), B_k.detach()
-        state[f"{prefix}row_order"], state[f"{prefix}col_order"] = layer.row_order, layer.col_order
+        state |= {key: value for key, value in layer.state_dict(prefix=prefix).items() if not key.startswith(prefix + "base.")}
         state[f"{prefix}base_sketch"] = _sketch(layer.original_weight())
     return state
 
@@ -571,27 +567,25 @@ def load_state_dict(model, state, *, check_base=True):
     Raises:
         ValueError: keys, shapes, orders or a base weight do not fit. The model is then as before.
     """
-    model = _unwrap(model)
-    with _all_or_nothing(model):
-        unmerge(model)
-        mine = state_dict(model)
-        missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
-        if missing or unexpected or not mine:
-            raise ValueError(f"the adapter's layers are not the model's: missing {missing or 'none'}, unexpected {unexpected or 'none'}")
-        for key, here in mine.items():
-            theirs = state[key]
-            if here.shape != theirs.shape:
-                raise ValueError(f"{key}: the adapter has shape {tuple(theirs.shape)}, the model {tuple(here.shape)}")
-            if key.endswith("_order") and not _is_permutation(theirs, len(here)):
-                raise ValueError(f"{key} is no permutation of 0..{len(here) - 1}")
-            if key.endswith("base_sketch") and check_base:
-                distance, norm = (here - theirs.cpu()).norm(), here[-1].norm()
-                if not distance <= 0.004 * norm:
-                    raise ValueError(f"{key.removesuffix('base_sketch')[:-1]}: the adapter was made for another base weight, {distance / norm:.1%} "
-                                     "away in Frobenius norm (0.4% is allowed); load that base, or pass check_base=False")
-        for key, here in mine.items():
-            if not key.endswith("base_sketch"):
-                here.copy_(state[key])
+    mine = state_dict(model)
+    missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+    if missing or unexpected or not mine:
+        raise ValueError(f"the adapter's layers are not the model's: missing {missing or 'none'}, unexpected {unexpected or 'none'}")
+    for key, here in mine.items():
+        theirs = state[key]
+        if here.shape != theirs.shape:
+            raise ValueError(f"{key}: the adapter has shape {tuple(theirs.shape)}, the model {tuple(here.shape)}")
+        if key.endswith("_order") and not _is_permutation(theirs, len(here)):
+            raise ValueError(f"{key} is no permutation of 0..{len(here) - 1}")
+        if key.endswith("base_sketch") and check_base:
+            distance, norm = (here - theirs.cpu()).norm(), here[-1].norm()
+            if not distance <= 0.004 * norm:
+                raise ValueError(f"{key.removesuffix('base_sketch')[:-1]}: the adapter was made for another base weight, {distance / norm:.1%} "
+                                 "away in Frobenius norm (0.4% is allowed); load that base, or pass check_base=False")
+    unmerge(model)
+    for key, here in mine.items():
+        if not key.endswith("base_sketch"):
+            here.copy_(state[key])
 
 
 def _config(model):
@@ -611,21 +605,19 @@ def save(model, path):
     state = {key: tensor.cpu() for key, tensor in state_dict(model).items()}
     if not state:
         raise ValueError("the model has no adapter to save: inject one first")
-    body, temporary = io.BytesIO(), f"{path}.{os.getpid()}.tmp"
-    torch.save({"config": _config(model), "state": state}, body)
+    buffer, temporary = io.BytesIO(), pathlib.Path(f"{path}.{os.getpid()}.tmp")
+    torch.save({"config": _config(model), "state": state}, buffer)
+    body = buffer.getvalue()
     try:
-        with open(temporary, "wb") as file:
-            file.write(body.getvalue() + hashlib.sha256(body.getvalue()).digest())
-        os.replace(temporary, path)
+        temporary.write_bytes(body + hashlib.sha256(body).digest())
+        temporary.replace(path)
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def _read(path):
     """(configuration, state) of an adapter file. ValueError if it is anything but a whole one. No code in it can run."""
-    with open(path, "rb") as file:
-        raw = file.read()
+    raw = pathlib.Path(path).read_bytes()
     try:
         body, digest = raw[:-32], raw[-32:]
         if not body.startswith(b"PK") or hashlib.sha256(body).digest() != digest:  # weights_only is unsafe for torch's older formats, which no PK begins
@@ -650,16 +642,16 @@ def load(model, path, *, check_base=True):
         OSError: the file cannot be read. ValueError: it is damaged, names a layer that the model has not, or does not fit
         the model's shapes or its base weights. The model is then as before.
     """
-    model = _unwrap(model)
+    inner = _unwrap(model)
     config, state = _read(path)
-    missing = config.keys() - {name for name, _ in model.named_modules()}
+    missing = config.keys() - {name for name, _ in inner.named_modules()}
     if missing:
         raise ValueError(f"the adapter's layers {sorted(missing)} are not in the model")
-    with _all_or_nothing(model):
+    with _all_or_nothing(inner):
         if config != _config(model):
             unload(model)
             orders = {name: (state.get(f"{name}.row_order"), state.get(f"{name}.col_order")) for name in config}
-            _wrap(model, {name: model.get_submodule(name) for name in config}, lambda name: config[name] | {"order": orders[name]})
+            _wrap(model, {name: inner.get_submodule(name) for name in config}, lambda name: config[name] | {"order": orders[name]})
         load_state_dict(model, state, check_base=check_base)
     return list(config)
 
@@ -718,6 +710,8 @@ def disabled(model):
             layer.enabled = False
         yield model
     finally:
+        left = {layer for _, layer in adapters(model)}  # an unload inside stays one
         for layer, enabled, merged in before:
             layer.enabled = enabled
-            layer.merge() if merged else None
+            if merged and layer in left:
+                layer.merge()

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from strategies import HALVES, Net, adapted, bits, fill, generic, layers, linear, normal, seeds, to_numpy
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import smoa
@@ -378,6 +380,77 @@ def test_dropout_is_the_dense_formula_on_the_input_that_it_leaves(drawn, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What else people do to a linear layer: all on both ways to a gradient, plain and lean
+
+both_ways = pytest.mark.parametrize("limit", [0, 2**20], ids=["lean", "plain"])
+
+
+@both_ways
+@pytest.mark.parametrize("merged", [False, True])
+def test_output_may_be_changed_in_place(monkeypatch, limit, merged):
+    monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
+    layer, x = fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4)), normal(2, 3, 8, seed=1, dtype=torch.float32)
+    if merged:
+        layer.merge()
+    torch.testing.assert_close(nn.ReLU(inplace=True)(layer(x)), layer(x).relu())
+
+
+@both_ways
+def test_hooks_and_a_forward_of_its_own_on_the_base_act_as_before(monkeypatch, limit):
+    monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
+    x, base = normal(3, 8, seed=1, dtype=torch.float32), nn.Linear(8, 6)
+    plain = base(x)
+    hook = base.register_forward_hook(lambda module, args, output: 2 * output)
+    layer = smoa.SMoALinear(base, rank=4)
+    assert torch.equal(layer(x), 2 * plain)
+    hook.remove()
+    base.forward = lambda x: 3 * F.linear(x, base.weight, base.bias)
+    assert torch.equal(layer(x), 3 * plain)
+
+
+@both_ways
+def test_a_base_weight_that_is_unfrozen_learns(monkeypatch, limit):
+    monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
+    layer, x = fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4)), normal(3, 8, seed=1, dtype=torch.float32)
+    layer.base.weight.requires_grad_(True)
+    layer(x).sum().backward()
+    dense = (1 + layer.delta_weight() / layer.base.weight) * x.sum(0)  # d/dW0 of sum(x (W0 + (B A) * W0)^T)
+    torch.testing.assert_close(layer.base.weight.grad, dense.detach(), rtol=1e-3, atol=1e-4)
+
+
+@both_ways
+def test_a_float64_layer_under_autocast_computes_as_its_base_does(monkeypatch, limit):
+    monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
+    for layer_options in ({}, {"modulate": False}, {"dropout": 0.5}):
+        layer, x = smoa.SMoALinear(linear(normal(6, 8, seed=1)), rank=4, **layer_options), normal(3, 8, seed=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), layer.base(x)) and layer(x).dtype == torch.float64
+            assert fill(layer).delta_weight().dtype == torch.float64
+
+
+def test_a_weight_that_a_hook_computes_is_refused():
+    for compute in (lambda base: prune.l1_unstructured(base, "weight", 0.5), nn.utils.parametrizations.weight_norm):
+        with pytest.raises(TypeError, match="computed"):
+            smoa.SMoALinear(compute(nn.Linear(8, 6)), rank=4)
+
+
+def test_a_numpy_scalar_for_an_option_is_saved_and_loaded(tmp_path):
+    model = adapted(alpha=np.float64(8), dropout=np.float32(0.5))
+    smoa.save(model, tmp_path / "adapter.pt")
+    smoa.load(fresh := Net(), tmp_path / "adapter.pt")
+    assert fresh.first.alpha == 8 and fresh.first.dropout == 0.5 and fresh.first.scale == 2
+
+
+def test_an_unload_inside_disabled_leaves_the_plain_base():
+    model = adapted()
+    base = bits(model.first.base.weight)
+    smoa.merge(model)
+    with smoa.disabled(model):
+        smoa.unload(model)
+    assert type(model.first) is nn.Linear and bits(model.first.weight) == base
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # torch.compile, activation checkpointing
 
 
@@ -470,6 +543,13 @@ def test_two_processes_learn_what_one_would_from_the_whole_batch(tmp_path):
             assert smoa.load(plain, here / f"{case}.0") == ["0", "2"] and torch.equal(plain.train(alone.training)(x), trained)
             smoa.merge(model.eval())
             torch.testing.assert_close(model(x), trained)
+        late = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+        for verb in (lambda: smoa.inject(late, ["0"]), lambda: smoa.load(late, here / "0.0")):
+            try:
+                verb()
+                raise SystemExit("factors that are never synchronised")
+            except ValueError as error:
+                assert "before DistributedDataParallel" in str(error), error
         dist.destroy_process_group()
     """
     run_alone(tmp_path, script, (0,), (1,))

@@ -320,6 +320,13 @@ def test_state_that_does_not_fit_is_refused(fault, words, merged):
     refuse(lambda: smoa.load_state_dict(model, state), model, *words)
 
 
+def test_a_refused_load_does_not_merge_again_what_was_changed_after_the_merge():
+    model = adapted()
+    smoa.merge(model)
+    fill(model, seed=9)
+    refuse(lambda: smoa.load_state_dict(model, {}), model, "missing")
+
+
 def test_state_for_a_model_without_an_adapter_is_refused(file):
     model = Net()
     refuse(lambda: smoa.load_state_dict(model, smoa.state_dict(adapted())), model, "first.A.0", "unexpected")
