@@ -495,6 +495,8 @@ def _wrap(model, modules, options_of, progress=None):
 def inject(model, targets, *, progress=None, **layer_options):
     """Wrap every target in a SMoALinear, in place, and freeze everything but the adapters.
 
+    Running statistics, as BatchNorm's, are no parameters: they move on in training mode, and no adapter file holds them.
+
     Args:
         targets: a list of names, each of which matches the modules whose dotted name equals it or ends in "." + it;
             or one string, a regular expression that the whole dotted name must match.

@@ -48,7 +48,7 @@ PRESETS = {
 
 # Learning rates, each the best of its own method's sweep in the study below (cpu preset, rank 4, 4 blocks). The multiplicative methods
 # step in units of |W0|, so that they want several times the rate of the additive ones: one shared rate would decide the contest.
-LEARNING_RATES = {"smoa": 0.1, "hira": 0.1, "lora": 0.02, "melora": 0.04, "full": 0.004}
+LEARNING_RATES = {"smoa": 0.1, "hira": 0.1, "lora": 0.03, "melora": 0.03, "full": 0.004}
 TARGETS = ["qkv", "proj", "fc"]  # all linear layers but the head, which is tied to the embedding
 HELD_OUT = ("hamlet", "macbeth", "tempest")
 POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets")
@@ -280,21 +280,20 @@ def finished_base(out):
     return None
 
 
-def ready_base(out, steps=600):
-    """(model, vocabulary): the newest finished base in `out`, if it has the cpu preset's size and knows the corpus, else one trained here, in a minute.
+def ready_base(out, steps=1000):
+    """(model, vocabulary): the newest finished base in `out`, or, if none has the cpu preset's size and the corpus's letters, a small one.
 
-    For the notebooks.
+    That takes half a minute and is left in `out` as any other base. For the notebooks.
     """
-    texts = {edition: corpus(edition) for edition in ("modern", "folio")}
     found, preset = finished_base(out), PRESETS["cpu"]
-    if found and found[0].config.n_embd == preset["model"]["n_embd"] and set("".join(texts["folio"])) <= found[1].index.keys():
+    if found and found[0].config.n_embd == preset["model"]["n_embd"] and set("".join(corpus("folio"))) <= found[1].index.keys():
         print(f"a finished base from {out}")
         return found
-    vocabulary = Vocabulary("".join(texts["modern"] + texts["folio"]))
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=len(vocabulary.characters), **preset["model"]))
-    train(model, vocabulary.encode(texts["modern"][0], "the corpus"), **preset["pretrain"] | dict(steps=steps), weight_decay=0.1, seed=0, label="a small base")
-    print(f"no finished base in {out}: a small one, of {steps} steps, trained here")
+    args = parse(["--out", str(out)])
+    args.out.mkdir(parents=True, exist_ok=True)
+    vocabulary, modern, _ = load_texts(args, preset["model"]["block_size"])
+    config = GPTConfig(vocab_size=len(vocabulary.characters), **preset["model"])
+    model, _ = pretrain(config, vocabulary, modern, preset["pretrain"] | dict(steps=steps), args, torch.device("cpu"), print)
     return model, vocabulary
 
 

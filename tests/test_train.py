@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -207,13 +209,41 @@ def test_a_write_that_fails_leaves_the_last_good_file(tmp_path):
 
 def test_the_study_widens_a_grid_whose_best_rate_is_at_the_edge_and_then_wants_seeds():
     def records(losses, seeds=()):
-        return [dict(arm="lora 1", lr=lr, seed=0, validation=v) for lr, v in losses.items()] + [dict(arm="lora 1", lr=0.02, seed=s, validation=0) for s in seeds]
+        return [dict(arm="lora 2", lr=lr, seed=0, validation=v) for lr, v in losses.items()] + [dict(arm="lora 2", lr=0.02, seed=s, validation=0) for s in seeds]
 
-    assert script.wanted("lora 1", []) == [(0.01, 0), (0.02, 0), (0.04, 0), (0.08, 0)]
-    assert script.wanted("lora 1", records({0.01: 3, 0.02: 2, 0.04: 1.5, 0.08: 1})) == [(0.16, 0)]
-    assert script.wanted("lora 1", records({0.01: 1, 0.02: 2, 0.04: 3, 0.08: 3})) == [(0.005, 0)]
-    assert script.wanted("lora 1", records({0.01: 2, 0.02: 1, 0.04: 3, 0.08: 3}, seeds=[1, 2])) == [(0.02, 3), (0.02, 4)]
-    assert script.wanted("lora 1", records({0.01: 2, 0.02: 1, 0.04: 3, 0.08: 3}, seeds=range(1, script.STUDY_SEEDS))) == []
+    assert script.wanted("lora 2", []) == [(0.01, 0), (0.02, 0), (0.04, 0), (0.08, 0)]
+    assert script.wanted("lora 2", records({0.01: 3, 0.02: 2, 0.04: 1.5, 0.08: 1})) == [(0.16, 0)]
+    assert script.wanted("lora 2", records({0.01: 1, 0.02: 2, 0.04: 3, 0.08: 3})) == [(0.005, 0)]
+    assert script.wanted("lora 2", records({0.01: 2, 0.02: 1, 0.04: 3, 0.08: 3}, seeds=[1, 2])) == [(0.02, 3), (0.02, 4)]
+    assert script.wanted("lora 2", records({0.01: 2, 0.02: 1, 0.04: 3, 0.08: 3}, seeds=range(1, script.STUDY_SEEDS))) == []
+
+
+def test_the_arms_that_show_what_one_rate_would_say_are_tried_at_the_shared_rates_too():
+    assert {lr for lr, _ in script.wanted("lora 4", [])} == {0.01, 0.02, 0.04, 0.08, *script.SHARED_RATES}
+    assert set(script.SHARED_ARMS) < script.study_arms().keys()
+
+
+def test_a_record_of_another_base_is_not_gone_on_with(tmp_path):
+    path, text = tmp_path / "study.jsonl", torch.randint(5, (2000,))
+    path.write_text(json.dumps(dict(arm="full", base=dict(weights="another"))) + "\n")
+    before = path.read_text()
+    base = script.GPT(script.GPTConfig(vocab_size=5, n_layer=1, n_embd=16, n_head=2))
+    with pytest.raises(script.UsageError, match="another.*--record"):
+        script.study(path, 1, 1, base, (text, text), (text, text), print)
+    assert path.read_text() == before
+
+
+def test_verdicts_follow_from_the_interval_of_paired_differences(monkeypatch):
+    monkeypatch.setattr(script, "CLAIMS", {"a beats b": [("smoa 2 K=4", "lora 2")], "b beats a": [("lora 2", "smoa 2 K=4")], "no runs": [("full", "lora 2")]})
+    record = lambda arm, lr, seed, folio: dict(arm=arm, lr=lr, seed=seed, validation=abs(math.log(lr / lr0[arm])), folio=folio)  # noqa: E731
+    lr0, noise = {"lora 2": 0.02, "smoa 2 K=4": 0.1}, (0.3, -0.2, 0.1, 0.0, -0.2)
+    records = [record(arm, low * 2**k, 0, 1.3 - 0.02 * ("smoa" in arm)) for arm, low in (("lora 2", 0.01), ("smoa 2 K=4", 0.05)) for k in range(4)]
+    records += [record(arm, lr0[arm], seed, 1 + noise[seed] - (0.02 + 0.001 * seed) * ("smoa" in arm)) for arm in lr0 for seed in range(1, 5)]
+    rows = list(script.verdicts(records))
+    assert [row[5] for row in rows] == ["holds here", "fails here", "not enough runs on record"]
+    differences = [-0.02, -0.021, -0.022, -0.023, -0.024]
+    half = 2.776 * statistics.stdev(differences) / 5**0.5  # Student's t, four degrees of freedom
+    assert rows[0][3:5] == pytest.approx((-0.022, half)) and rows[1][3:5] == pytest.approx((0.022, half))
 
 
 def test_every_arm_of_the_study_names_a_model_that_can_be_built():
