@@ -195,14 +195,12 @@ class _FoldedLinear(torch.autograd.Function):
                 dx = g_s @ W_s if dx is None else dx.addmm_(g_s, W_s)  # (T, slab) @ (slab, n) -> (T, n)
         dbias = g.sum(0) if ctx.needs_input_grad[2] else None
         dA, dB = [None] * K, [None] * K
-        if any(ctx.needs_input_grad[6:]):
-            sorted_g, sorted_x = g.gather(1, row_order.expand_as(g)), x.gather(1, col_order.expand_as(x))
-            pieces = (t.tensor_split(K, -1) for t in (sorted_g, sorted_x, row_order, col_order))
-            for k, (g_k, x_k, rows, cols) in enumerate(zip(*pieces)):
-                if len(A[k]):
-                    M_k = W0.index_select(0, rows).index_select(1, cols)
-                    G_k = (g_k.mT @ x_k).to(M_k.dtype) * M_k  # (m_k, T) @ (T, n_k) -> (m_k, n_k); times scale, the gradient of B_k A_k
-                    dA[k], dB[k] = ctx.scale * (B[k].mT @ G_k), ctx.scale * (G_k @ A[k].mT)
+        for k, (rows, cols) in enumerate(zip(row_order.tensor_split(K), col_order.tensor_split(K))):
+            if len(A[k]) and any(ctx.needs_input_grad[6:]):
+                M_k = W0.index_select(0, rows).index_select(1, cols)
+                g_k, x_k = g.gather(1, rows.expand(len(g), -1)), x.gather(1, cols.expand(len(x), -1))
+                G_k = (g_k.mT @ x_k).to(M_k.dtype) * M_k  # (m_k, T) @ (T, n_k) -> (m_k, n_k); times scale, the gradient of B_k A_k
+                dA[k], dB[k] = ctx.scale * (B[k].mT @ G_k), ctx.scale * (G_k @ A[k].mT)
         return (dx, None, dbias, None, None, None, *dA, *dB)
 
 
