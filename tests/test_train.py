@@ -106,7 +106,7 @@ def test_evaluation_is_the_mean_loss_of_every_character_that_has_a_context():
 
 
 def test_a_run_killed_in_pretraining_ends_with_the_loss_of_an_uninterrupted_one(own_text, tmp_path):
-    arguments = [*own_text, *SHORT, "--pretrain-steps", "400", "--methods", "lora"]
+    arguments = [*own_text, *SHORT, "--pretrain-steps", "160", "--methods", "lora"]
     finish(start([*arguments, "--out", tmp_path / "whole"]))
     process = start([*arguments, "--out", tmp_path / "killed"])
     while not list((tmp_path / "killed").glob("base-*.pt")):  # the first checkpoint is there
