@@ -188,11 +188,7 @@ class _FoldedLinear(torch.autograd.Function):
         A, B = factors[:K], factors[K:]
         dx = None
         if ctx.needs_input_grad[0]:  # W by slabs of 16 MB: on a CPU the pages of a large new buffer cost more than the sums in it
-            A_hat, B_hat = _stack(A, B, row_order, col_order)
-            slab = max(1, 2**22 // x.shape[1]) if g.dtype == W0.dtype else len(W0)
-            for g_s, W0_s, B_s in zip(g.split(slab, 1), W0.split(slab), B_hat.split(slab)):
-                W_s = _fold(W0_s, A_hat, B_s, ctx.scale, modulate=True).to(g.dtype)
-                dx = g_s @ W_s if dx is None else dx.addmm_(g_s, W_s)  # (T, slab) @ (slab, n) -> (T, n)
+            dx = g @ _fold(W0, *_stack(A, B, row_order, col_order), ctx.scale, modulate=True).to(g.dtype)  # (T, m) @ (m, n) -> (T, n)
         dbias = g.sum(0) if ctx.needs_input_grad[2] else None
         dA, dB = [None] * K, [None] * K
         for k, (rows, cols) in enumerate(zip(row_order.tensor_split(K), col_order.tensor_split(K))):
