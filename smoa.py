@@ -187,7 +187,7 @@ class _FoldedLinear(torch.autograd.Function):
         K = len(factors) // 2
         A, B = factors[:K], factors[K:]
         dx = None
-        if ctx.needs_input_grad[0]:  # W by slabs of 16 MB: on a CPU the pages of a large new buffer cost more than the sums in it
+        if ctx.needs_input_grad[0]:
             dx = g @ _fold(W0, *_stack(A, B, row_order, col_order), ctx.scale, modulate=True).to(g.dtype)  # (T, m) @ (m, n) -> (T, n)
         dbias = g.sum(0) if ctx.needs_input_grad[2] else None
         dA, dB = [None] * K, [None] * K
