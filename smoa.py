@@ -504,17 +504,19 @@ def inject(model, targets, *, progress=None, **layer_options):
     """
     inner = _unwrap(model)
     modules = {name: module for name, module in inner.named_modules(remove_duplicate=False) if name}
+    adapted = {module for _, layer in adapters(model) for module in layer.modules()}
     wanted, patterns = set(), {targets: targets} if isinstance(targets, str) else {target: r"(.*\.)?" + re.escape(target) for target in targets}
     for target, pattern in patterns.items():
         found = {module for name, module in modules.items() if re.fullmatch(pattern, name)}
         if not found:
-            known = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear) or _is_conv1d(module)}
-            raise ValueError(f"target {target!r} matches no module; this model's linear layers are named {', '.join(sorted(known)) or '(none)'}")
+            linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear) or _is_conv1d(module)}
+            known = sorted({name.removesuffix(".base" if module in adapted else "").rpartition(".")[2] for name, module in linear.items()})
+            raise ValueError(f"target {target!r} matches no module; this model's linear layers are named {', '.join(known) or '(none)'} "
+                             "(in a list, a name or the end of a dotted one; a lone string is a regular expression for the whole dotted name)")
         wanted |= found
     if not wanted:
         raise ValueError("no targets given: name at least one module")
     chosen = {name: module for name, module in inner.named_modules() if module in wanted}  # in the model's order, shared ones once
-    adapted = {module for _, layer in adapters(model) for module in layer.modules()}
     if adapted & wanted:
         raise ValueError(f"{[name for name in chosen if chosen[name] in adapted]} are adapted already: unload first, or load another adapter")
     with _all_or_nothing(inner):

@@ -3,8 +3,9 @@
     python train_shakespeare.py                                      # everything, with defaults for this machine
     python train_shakespeare.py --methods smoa lora hira melora full # more methods side by side
     python train_shakespeare.py --rank 1 --blocks 2 --lr smoa=0.2    # another budget, another rate
-    python train_shakespeare.py --data mine.txt --adapt-data other.txt
-    torchrun --nproc_per_node=2 train_shakespeare.py                 # several devices, same results
+    python train_shakespeare.py --data mine.txt --adapt-data other.txt  # of the same characters
+    python train_shakespeare.py --pretrain-steps 60 --steps 10 --out trial  # a look; out/ would lose its results to it
+    torchrun --nproc_per_node=2 train_shakespeare.py                 # several devices, the same batches: equal up to rounding
 
 The base sees the modern plays only. Each method then adapts its own copy of it to the Folio ("haue", "vpon", "loue") and is judged
 on plays that nobody has seen in either spelling: Hamlet, Macbeth and The Tempest. The base, the adapters and the results land in out/.
@@ -270,25 +271,26 @@ def pretrain(config, vocabulary, texts, options, args, device, say):
 
 
 def finished_base(out):
-    """(model, vocabulary) of the newest finished base in the folder `out`, or None. For the notebooks."""
-    for path in sorted(Path(out).glob("base-*.pt"), key=os.path.getmtime, reverse=True):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["step"] == checkpoint["settings"]["steps"]:
-            model = GPT(GPTConfig(**checkpoint["settings"]["model"]))
-            model.load_state_dict(checkpoint["model"])
-            return model, Vocabulary(checkpoint["characters"])
-    return None
+    """(model, vocabulary, steps) of the finished base in the folder `out` that was trained longest, or None. For the notebooks."""
+    checkpoints = [torch.load(path, map_location="cpu", weights_only=True) for path in sorted(Path(out).glob("base-*.pt"))]
+    finished = [checkpoint for checkpoint in checkpoints if checkpoint["step"] == checkpoint["settings"]["steps"]]
+    if not finished:
+        return None
+    best = max(finished, key=lambda checkpoint: checkpoint["step"])
+    model = GPT(GPTConfig(**best["settings"]["model"]))
+    model.load_state_dict(best["model"])
+    return model, Vocabulary(best["characters"]), best["step"]
 
 
 def ready_base(out, steps=1000):
-    """(model, vocabulary): the newest finished base in `out`, or, if none has the cpu preset's size and the corpus's letters, a small one.
+    """(model, vocabulary): the finished base in `out`, if it has the cpu preset's size, the corpus's letters and so many steps, else a new one.
 
     That takes half a minute and is left in `out` as any other base. For the notebooks.
     """
     found, preset = finished_base(out), PRESETS["cpu"]
-    if found and found[0].config.n_embd == preset["model"]["n_embd"] and set("".join(corpus("folio"))) <= found[1].index.keys():
-        print(f"a finished base from {out}")
-        return found
+    if found and found[0].config.n_embd == preset["model"]["n_embd"] and set("".join(corpus("folio"))) <= found[1].index.keys() and found[2] >= steps:
+        print(f"a finished base of {found[2]} steps from {out}")
+        return found[:2]
     args = parse(["--out", str(out)])
     args.out.mkdir(parents=True, exist_ok=True)
     vocabulary, modern, _ = load_texts(args, preset["model"]["block_size"])
@@ -523,8 +525,11 @@ def verdicts(records):
             yield claim, ours, theirs, mean, half, verdict if found else "not enough runs on record"
 
 
-def summarize(records, say=print):
-    """The table of the study, and a verdict for each claim."""
+def summarize(path, say=print):
+    """The table of the study whose record is at `path`, and a verdict for each claim."""
+    records = read_records(path)
+    if not records:
+        raise UsageError(f"there is no record at {path}")
     say(f"{'arm':28} {'trainable':>9} {'rank':>6} {'rate':>8} {'seeds':>5}  Folio loss (mean, standard error)  modern loss")
     for name, runs in at_best_rate(records).items():
         folio, any_run = [run["folio"] for run in runs.values()], runs[0]
@@ -563,10 +568,10 @@ class Parser(argparse.ArgumentParser):
 
 def share(text):
     """(1, 2) from "1/2": process 1 of 2."""
-    i, n = (int(number) for number in text.split("/"))
-    if not 1 <= i <= n:
-        raise ValueError
-    return i, n
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"it wants I/N with 1 <= I <= N, got {text!r}")
+    return int(i), int(n)
 
 
 def parse(argv):
@@ -577,7 +582,7 @@ def parse(argv):
     add("--rank", type=int, default=4, help="LoRA's rank; the others get what trains equally many parameters, rank x blocks for smoa and melora (default: 4)")
     add("--blocks", type=int, default=4, help="number of blocks K of smoa and melora (default: 4)")
     add("--lr", nargs="+", default=[], metavar="METHOD=RATE", help=f"peak learning rates; the defaults were swept for each method by itself: {swept}")
-    add("--pretrain-lr", type=float, help="peak learning rate of the base; the default was swept, see README.md")
+    add("--pretrain-lr", type=float, help="peak learning rate of the base (default: the preset's)")
     add("--steps", type=int, help="steps of adaptation, for each method (default: the preset's)")
     add("--pretrain-steps", type=int, help="steps of pretraining (default: the preset's)")
     add("--batch-size", type=int, help="windows in a batch, in pretraining and adaptation (default: the preset's)")
@@ -597,6 +602,8 @@ def parse(argv):
     for name in ("rank", "blocks", "steps", "pretrain_steps", "batch_size", "eval_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not args.prompt:
+        raise UsageError("--prompt must hold a character at least")
     if args.pretrain_lr is not None and not 0 < args.pretrain_lr < math.inf:
         raise UsageError(f"--pretrain-lr must be positive, got {args.pretrain_lr}")
     return args
@@ -686,7 +693,7 @@ def main(argv=None):
         if distributed:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         args = parse(argv)
-        summarize(read_records(args.record)) if args.study_summary else run(args)
+        summarize(args.record) if args.study_summary else run(args)
     except UsageError as error:
         if not distributed or dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr)

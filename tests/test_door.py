@@ -174,6 +174,13 @@ def test_a_target_that_matches_nothing_is_refused(targets, came):
     refuse(ValueError, [came, "matches no module", "first, head, second"], lambda: smoa.inject(model, targets), model)
 
 
+def test_the_names_that_could_be_meant_are_those_of_adapted_layers_too():
+    model = adapted(["first"])
+    with pytest.raises(ValueError, match="named first, head, second") as caught:
+        smoa.inject(model, "firs")
+    assert "lone string is a regular expression" in str(caught.value)
+
+
 def test_no_targets_are_refused():
     model = Net()
     refuse(ValueError, ["no targets", "name at least one"], lambda: smoa.inject(model, []), model)

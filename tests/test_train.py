@@ -65,7 +65,7 @@ def test_a_short_run_on_the_corpus_lowers_the_loss_of_base_and_adapters(tmp_path
 
 def test_a_saved_adapter_gives_its_loss_back_on_the_saved_base(own_text, tmp_path):
     script.main([*own_text, *SHORT, "--methods", "smoa", "--out", str(tmp_path / "out")])
-    model, vocabulary = script.finished_base(tmp_path / "out")
+    model, vocabulary, _ = script.finished_base(tmp_path / "out")
     smoa.load(model, tmp_path / "out" / "smoa.pt")
     held_out = vocabulary.encode(script.own_text(tmp_path / "text.txt", 64)[1], "the text")
     assert script.evaluate(model, held_out) == pytest.approx(results(tmp_path / "out")["methods"][0]["folio"][1], abs=1e-5)
@@ -76,6 +76,7 @@ def test_a_finished_base_is_reused_and_another_setting_trains_another(own_text, 
         script.main([*own_text, *SHORT, "--pretrain-steps", steps, "--methods", "lora", "--out", str(tmp_path / "out")])
         assert len(list((tmp_path / "out").glob("base-*.pt"))) == bases
     assert capsys.readouterr().out.count("finished before") == 1
+    assert script.finished_base(tmp_path / "out")[2] == 30  # the one trained longest, whatever was trained last
 
 
 def test_no_play_is_trained_on_in_either_spelling_and_held_out_in_the_other():
@@ -162,7 +163,8 @@ def test_a_bad_text_file_is_one_line_of_error(content, message, own_text, tmp_pa
     "arguments, message",
     [("--rank 0", "--rank must be at least 1, got 0"), ("--blocks 129", "at most 128 blocks"), ("--steps -1", "--steps"), ("--rank two", "--rank"),
      ("--lr smoa", "METHOD=RATE"), ("--lr smoa=-1", "positive"), ("--lr sgd=0.1", "METHOD=RATE"), ("--pretrain-lr 0", "positive"), ("--device abacus", "abacus"),
-     ("--preset huge", "huge"), ("--methods magic", "magic"), ("--prompt ☃", "'☃'"), ("--study 3/2", "--study")],
+     ("--preset huge", "huge"), ("--methods magic", "magic"), ("--prompt ☃", "'☃'"), ("--study 3/2", "1 <= I <= N, got '3/2'"), ("--prompt=", "--prompt must"),
+     ("--study-summary --record nowhere.jsonl", "no record at nowhere.jsonl")],
 )  # fmt: skip
 def test_a_bad_flag_is_one_line_of_error_before_any_training(arguments, message, own_text, tmp_path, capsys):
     assert message in error_line([*own_text, *arguments.split(), "--out", tmp_path / "out"], capsys)
