@@ -13,6 +13,7 @@ on plays that nobody has seen in either spelling: Hamlet, Macbeth and The Tempes
 
 import argparse
 import copy
+import gc
 import hashlib
 import importlib.util
 import json
@@ -700,6 +701,7 @@ def main(argv=None):
         sys.exit(2)
     finally:
         if distributed:
+            gc.collect()  # a DistributedDataParallel model that outlives its process group can abort the process at its exit
             dist.destroy_process_group()
 
 
