@@ -500,6 +500,7 @@ def test_checkpointed_model_learns_the_same(layer_options, use_reentrant):
 
 def test_two_processes_learn_what_one_would_from_the_whole_batch(tmp_path):
     script = """
+        import gc
         import sys
         from pathlib import Path
         import torch
@@ -550,6 +551,8 @@ def test_two_processes_learn_what_one_would_from_the_whole_batch(tmp_path):
                 raise SystemExit("factors that are never synchronised")
             except ValueError as error:
                 assert "before DistributedDataParallel" in str(error), error
+        del model, late, m, verb
+        gc.collect()  # no DistributedDataParallel may outlive its process group
         dist.destroy_process_group()
     """
     run_alone(tmp_path, script, (0,), (1,))
