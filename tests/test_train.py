@@ -52,7 +52,8 @@ def finish(process):
 
 def test_a_short_run_on_the_corpus_lowers_the_loss_of_base_and_adapters(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "TEST_WINDOWS", 200)
-    script.main(["--pretrain-steps", "60", "--steps", "15", "--methods", *script.LEARNING_RATES, "--device", "cpu", "--eval-every", "30", "--out", str(tmp_path)])
+    monkeypatch.setattr(script.sample, "__defaults__", (40,))  # shorter samples
+    script.main(["--pretrain-steps", "50", "--steps", "10", "--methods", *script.LEARNING_RATES, "--device", "cpu", "--eval-every", "25", "--out", str(tmp_path)])
     record = results(tmp_path)
     assert record["pretraining"][-1][1] < record["pretraining"][0][1] < 4.4  # ln 87 = 4.47 is the loss of guessing
     for row in record["methods"]:
@@ -107,7 +108,7 @@ def test_evaluation_is_the_mean_loss_of_every_character_that_has_a_context():
 
 
 def test_a_run_killed_in_pretraining_ends_with_the_loss_of_an_uninterrupted_one(own_text, tmp_path):
-    arguments = [*own_text, *SHORT, "--pretrain-steps", "160", "--methods", "lora"]
+    arguments = [*own_text, *SHORT, "--pretrain-steps", "120", "--eval-every", "20", "--methods", "lora"]
     finish(start([*arguments, "--out", tmp_path / "whole"]))
     process = start([*arguments, "--out", tmp_path / "killed"])
     while not list((tmp_path / "killed").glob("base-*.pt")):  # the first checkpoint is there
