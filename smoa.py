@@ -100,20 +100,19 @@ def spectral_order(weight):
     s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
     s2, V = s2.flip(0).clamp(min=0), V.flip(1)
     if ((norms == 0) | (norms > 1e-7 * s2[0])).all():
-        s, column_energy = s2.sqrt(), s2 * V.square() * (norms > 0)[:, None]  # (s_j V_ij)^2
+        column_energy = s2 * V.square() * (norms > 0)[:, None]  # (s_j V_ij)^2
     else:  # a column so small that it drowns in the rounding of the Gram matrix
         U, s, Vh = torch.linalg.svd(W, full_matrices=False)
-        V, column_energy = Vh.mT, (W.mT @ U).square()
+        V, s2, column_energy = Vh.mT, s.square(), (W.mT @ U).square()
     row_energy = (W @ V).square()  # (s_j U_ij)^2, accurate relative to each row
 
     # Within equal singular values the basis is free, so their directions share one index, the mean.
-    s2 = s.square()
     group = F.pad((s2[:-1] - s2[1:] > 2e-9 * s2[:-1] + 1e-14 * s2[0]).long().cumsum(0), (1, 0))  # 1e-14: the rounding of the Gram matrix
-    index = torch.arange(len(s), dtype=s.dtype, device=s.device)
-    index = (torch.zeros_like(s).index_add(0, group, index) / group.bincount(minlength=len(s)).clamp(min=1))[group]
+    index = torch.arange(len(s2), dtype=s2.dtype, device=s2.device)
+    index = (torch.zeros_like(s2).index_add(0, group, index) / group.bincount(minlength=len(s2)).clamp(min=1))[group]
 
     def order(energy):
-        position = energy @ index / energy.sum(1).clamp(min=torch.finfo(s.dtype).tiny)  # a zero row stays at 0
+        position = energy @ index / energy.sum(1).clamp(min=torch.finfo(s2.dtype).tiny)  # a zero row stays at 0
         return torch.argsort(position.round(decimals=6), stable=True).to(weight.device)
 
     return (order(column_energy), order(row_energy)) if wide else (order(row_energy), order(column_energy))
@@ -357,9 +356,9 @@ class SMoALinear(nn.Module):
             h = F.linear(F.dropout(z, self.dropout, self.training), A.to(z.dtype))  # (T, n) @ (n, r) -> (T, r)
             return self.base(x) + self.scale * F.linear(h, B.to(z.dtype))  # (T, r) @ (r, m) -> (T, m)
         W0 = self.original_weight()
-        if self._folds() and (W0.numel() <= _PLAIN_UP_TO or W0.requires_grad):
-            return F.linear(z, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias)
         if self._folds():
+            if W0.numel() <= _PLAIN_UP_TO or W0.requires_grad:
+                return F.linear(z, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias)
             y = _FoldedLinear.apply(z.reshape(-1, z.shape[-1]), W0, self.bias, self.row_order, self.col_order, self.scale, *self.A, *self.B)
             return y.view(*x.shape[:-1], self.out_features)
         z = F.dropout(z, self.dropout, self.training)

@@ -323,16 +323,20 @@ def prepare(base, method, rank, blocks):
 
 
 @torch.no_grad()
-def mean_rank(model, base, targets=TARGETS):
-    """Mean numerical rank of the weights' change over the target layers. From the factors, in float64, where there are any."""
-    ranks = []
+def updates(model, base, targets=TARGETS):
+    """{name: delta_W (m, n)} of the target layers, on the CPU. From the factors, in float64, where there are any."""
+    deltas = {}
     for name, linear in base.named_modules():
         if any(f".{name}".endswith(f".{target}") for target in targets):
             layer = model.get_submodule(name)
             adapted = isinstance(layer, smoa.SMoALinear)
-            delta = copy.deepcopy(layer).cpu().double().delta_weight() if adapted else (layer.weight - linear.weight).cpu()
-            ranks.append(torch.linalg.matrix_rank(delta).item())
-    return sum(ranks) / len(ranks)
+            deltas[name] = copy.deepcopy(layer).cpu().double().delta_weight() if adapted else (layer.weight - linear.weight).cpu()
+    return deltas
+
+
+def mean_rank(model, base, targets=TARGETS):
+    """Mean numerical rank of the weights' change over the target layers."""
+    return statistics.mean(torch.linalg.matrix_rank(delta).item() for delta in updates(model, base, targets).values())
 
 
 def sample(model, vocabulary, prompt, seed, length=300):
@@ -471,7 +475,12 @@ def study(path, i, n, base, modern, folio, say):
     names, origin = list(study_arms())[i - 1 :: n], describe(base, modern, folio)
     if others := {record["base"]["weights"] for record in read_records(path)} - {origin["weights"]}:
         raise UsageError(f"the runs in {path} are of base {', '.join(others)}, this one is {origin['weights']}: give another --record")
-    while todo := [(name, *pair) for name in names for pair in wanted(name, read_records(path))]:
+
+    def runs_wanted():
+        records = read_records(path)
+        return [(name, *pair) for name in names for pair in wanted(name, records)]
+
+    while todo := runs_wanted():
         say(f"{len(todo)} runs wanted at least, next: {todo[0]}")
         record = dict(study_run(*todo[0], base, modern, folio), base=origin)
         with open(path, "a") as file:

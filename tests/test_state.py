@@ -346,6 +346,11 @@ class Payload:
         return Path.touch, (self.mark,)
 
 
+def sealed(body):
+    """The body of a file with the checksum that `load` looks for."""
+    return body + hashlib.sha256(body).digest()
+
+
 def payload_files(mark, good):
     """Files that run code in a reader that unpickles: bare, from torch.save, in its older format too, with a checksum, and behind a good file."""
     yield pickle.dumps(Payload(mark))
@@ -353,7 +358,7 @@ def payload_files(mark, good):
         torch.save({"config": {}, "state": Payload(mark)}, mark.with_suffix(".pt"), _use_new_zipfile_serialization=new_format)
         content = mark.with_suffix(".pt").read_bytes()
         yield content
-        yield content + hashlib.sha256(content).digest()
+        yield sealed(content)
     yield good + pickle.dumps(Payload(mark))
     yield good[:-32] + pickle.dumps(Payload(mark)) + good[-32:]
 
@@ -394,7 +399,7 @@ def test_the_older_format_which_can_hide_code_from_older_torch_is_refused(file):
     smoa.save(adapted(), file)
     body, model = io.BytesIO(), Net()
     torch.save(torch.load(io.BytesIO(file.read_bytes()), weights_only=True), body, _use_new_zipfile_serialization=False)
-    file.write_bytes(body.getvalue() + hashlib.sha256(body.getvalue()).digest())
+    file.write_bytes(sealed(body.getvalue()))
     refuse(lambda: smoa.load(model, file), model, str(file), "no SMoA adapter")
 
 
@@ -417,7 +422,7 @@ def test_the_file_is_what_torch_save_writes_and_a_checksum_after_it(file):
     model = adapted()
     smoa.save(model, file)
     content = file.read_bytes()
-    assert content[-32:] == hashlib.sha256(content[:-32]).digest()
+    assert content == sealed(content[:-32])
     there = torch.load(io.BytesIO(content[:-32]), weights_only=True)
     assert there.keys() == {"config", "state"} and {name: options["rank"] for name, options in there["config"].items()} == {"first": 4, "second": 4}
     here = smoa.state_dict(model)
@@ -428,7 +433,7 @@ def test_the_file_is_what_torch_save_writes_and_a_checksum_after_it(file):
 def test_a_whole_file_of_another_content_is_refused(file, content):
     body, model = io.BytesIO(), Net()
     torch.save(content, body)
-    file.write_bytes(body.getvalue() + hashlib.sha256(body.getvalue()).digest())
+    file.write_bytes(sealed(body.getvalue()))
     refuse(lambda: smoa.load(model, file), model, str(file), "no SMoA adapter")
 
 
