@@ -336,7 +336,7 @@ def updates(model, base, targets=TARGETS):
 
 def mean_rank(model, base, targets=TARGETS):
     """Mean numerical rank of the weights' change over the target layers."""
-    return statistics.mean(torch.linalg.matrix_rank(delta).item() for delta in updates(model, base, targets).values())
+    return statistics.fmean(torch.linalg.matrix_rank(delta).item() for delta in updates(model, base, targets).values())
 
 
 def sample(model, vocabulary, prompt, seed, length=300):
