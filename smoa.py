@@ -41,14 +41,18 @@ unmerged, a forward forms W0 + delta_W, which costs as much as r more tokens.
 import contextlib
 import hashlib
 import io
-import math
-import os
 import pathlib
 import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def _require(condition, message, error=ValueError):
+    if not condition:
+        raise error(message)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pure functions: the order, the sizes, the counts
@@ -57,23 +61,19 @@ from torch import nn
 def _block_sizes(out_features, in_features, rank, num_blocks):
     """[(r_k, m_k, n_k)]: each total cut as `torch.tensor_split` cuts, as evenly as possible, the first pieces get the remainder."""
     for name, value in (("out_features", out_features), ("in_features", in_features), ("rank", rank), ("num_blocks", num_blocks)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if num_blocks > min(out_features, in_features):
-        raise ValueError(f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: "
-                         f"at most {min(out_features, in_features)} blocks leave each a row and a column")
+        _require(isinstance(value, int) and value >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
+    _require(num_blocks <= min(out_features, in_features),
+             f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: at most {min(out_features, in_features)} blocks do")
     totals = (rank, out_features, in_features)
     return [tuple(total // num_blocks + (k < total % num_blocks) for total in totals) for k in range(num_blocks)]
 
 
 def _check_weight(weight):
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        got = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise TypeError(f"a linear layer's weight must be a 2-D floating tensor, got {got}")
-    if weight.is_meta:
-        raise ValueError("the weight is on the meta device and has no values to order by: load or initialise the model first")
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity: a spectrum needs finite numbers")
+    got = f"{getattr(weight, 'dtype', type(weight).__name__)} of shape {tuple(getattr(weight, 'shape', ()))}"
+    ok = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
+    _require(ok, f"a linear layer's weight must be a 2-D floating tensor, got {got}", TypeError)
+    _require(not weight.is_meta, "the weight is on the meta device and has no values to order by: load or initialise the model first")
+    _require(torch.isfinite(weight).all(), "the weight holds NaN or infinity: a spectrum needs finite numbers")
 
 
 def spectral_order(weight):
@@ -91,25 +91,23 @@ def spectral_order(weight):
     (tensor([1, 2, 0]), tensor([1, 2, 0]))
     """
     _check_weight(weight)
-    W = weight.detach()
-    W = (W.cpu() if W.device.type == "mps" else W).double()  # mps has no float64
+    W = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)  # mps has no float64
     W = W / W.abs().max().clamp(min=torch.finfo(W.dtype).tiny)  # scale-free: squares can neither overflow nor vanish
     wide = W.shape[0] < W.shape[1]
     W = W.mT if wide else W  # (tall, q)
-    norms = W.square().sum(0)  # (q,) energy of each column, exactly 0 for a zero column
     s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
     s2, V = s2.flip(0).clamp(min=0), V.flip(1)
-    if ((norms == 0) | (norms > 1e-7 * s2[0])).all():
-        column_energy = s2 * V.square() * (norms > 0)[:, None]  # (s_j V_ij)^2
-    else:  # a column so small that it drowns in the rounding of the Gram matrix
-        U, s, Vh = torch.linalg.svd(W, full_matrices=False)
-        V, s2, column_energy = Vh.mT, s.square(), (W.mT @ U).square()
+    norms = W.square().sum(0)  # (q,), of the columns
+    if ((0 < norms) & (norms < 1e-7 * s2[0])).any():  # such a small column drowns in the rounding of the Gram matrix
+        _, s, Vh = torch.linalg.svd(W, full_matrices=False)
+        s2, V = s.square(), Vh.mT
+    column_energy = s2 * V.square() * (norms > 0)[:, None]  # (s_j V_ij)^2, exactly 0 for a zero column
     row_energy = (W @ V).square()  # (s_j U_ij)^2, accurate relative to each row
 
     # Within equal singular values the basis is free, so their directions share one index, the mean.
     group = F.pad((s2[:-1] - s2[1:] > 2e-9 * s2[:-1] + 1e-14 * s2[0]).long().cumsum(0), (1, 0))  # 1e-14: the rounding of the Gram matrix
-    index = torch.arange(len(s2), dtype=s2.dtype, device=s2.device)
-    index = (torch.zeros_like(s2).index_add(0, group, index) / group.bincount(minlength=len(s2)).clamp(min=1))[group]
+    size = group.bincount()
+    index = (size.cumsum(0) - (size + 1) / 2).to(s2)[group]  # 0..q-1 where all are apart
 
     def order(energy):
         position = energy @ index / energy.sum(1).clamp(min=torch.finfo(s2.dtype).tiny)  # a zero row stays at 0
@@ -148,71 +146,54 @@ def _fold(W0, A, B, scale, modulate):
     with torch.autocast(W0.device.type, enabled=False):
         D = B @ A if W0.is_contiguous() else (A.mT @ B.mT).mT  # (m, r) @ (r, n) -> (m, n), in W0's memory layout
     D = D.to(torch.promote_types(D.dtype, W0.dtype))
-    W0 = W0.to(D.dtype)
     out = None if torch.is_grad_enabled() else D  # reuse the buffer where autograd does not watch
     return torch.addcmul(W0, D, W0, value=scale, out=out) if modulate else torch.add(W0, D, alpha=scale, out=out)
 
 
-def _stack(A, B, row_order, col_order):
-    """The K pairs as one pair, A (r, n) and B (m, r): their product is B_k A_k at (rows_k, cols_k) and 0 elsewhere."""
-    A, B = torch.block_diag(*A), torch.block_diag(*B)  # in spectral order
-    return torch.empty_like(A).index_copy(1, col_order, A), torch.empty_like(B).index_copy(0, row_order, B)
+def _stack(factors, rows, cols):
+    """The pairs A_1..A_K, B_1..B_K as one, A (r, n) and B (m, r): their product is B_k A_k at (rows_k, cols_k) and 0 elsewhere."""
+    A, B = torch.block_diag(*factors[: len(rows)]), torch.block_diag(*factors[len(rows) :])  # in spectral order
+    return torch.empty_like(A).index_copy(1, torch.cat(cols), A), torch.empty_like(B).index_copy(0, torch.cat(rows), B)
 
 
 _PLAIN_UP_TO = 2**17  # weights in a layer; below that, autograd's full weight gradient takes less time than gathering blocks for a part of it
 
 
 class _FoldedLinear(torch.autograd.Function):
-    """y = x W^T + bias with W = W0 + delta_W. In two lines, which autograd could also differentiate:
+    """y = x W^T + bias with W = W0 + delta_W. In one line, which autograd could also differentiate:
 
-        W = _fold(W0, *_stack(A, B, row_order, col_order), scale, modulate=True)
-        y = F.linear(x, W, bias)
+        y = F.linear(x, _fold(W0, *_stack(factors, rows, cols), scale, modulate=True), bias)
 
     This backward is leaner by two things: of the weight gradient g^T x it computes only the K aligned blocks, 1/K of
     the work, and it builds W again rather than keep one per layer from the forward to the backward.
     """
 
     @staticmethod
-    def forward(ctx, x, W0, bias, row_order, col_order, scale, *factors):
-        K = len(factors) // 2
-        ctx.save_for_backward(x, W0, row_order, col_order, *factors)
-        ctx.scale = scale
-        W = _fold(W0, *_stack(factors[:K], factors[K:], row_order, col_order), scale, modulate=True)
-        return F.linear(x, W, bias)
+    def forward(ctx, x, W0, bias, rows, cols, scale, *factors):
+        ctx.save_for_backward(x, W0, *factors)
+        ctx.rows, ctx.cols, ctx.scale = rows, cols, scale
+        return F.linear(x, _fold(W0, *_stack(factors, rows, cols), scale, modulate=True), bias)
 
     @staticmethod
     def backward(ctx, g):
-        x, W0, row_order, col_order, *factors = ctx.saved_tensors  # (T, n), (m, n)
-        K = len(factors) // 2
-        A, B = factors[:K], factors[K:]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ _fold(W0, *_stack(A, B, row_order, col_order), ctx.scale, modulate=True).to(g.dtype)  # (T, m) @ (m, n) -> (T, n)
-        dbias = g.sum(0) if ctx.needs_input_grad[2] else None
-        dA, dB = [None] * K, [None] * K
-        for k, (rows, cols) in enumerate(zip(row_order.tensor_split(K), col_order.tensor_split(K))):
-            if len(A[k]) and any(ctx.needs_input_grad[6:]):
-                M_k = W0.index_select(0, rows).index_select(1, cols)
-                g_k, x_k = g.gather(1, rows.expand(len(g), -1)), x.gather(1, cols.expand(len(x), -1))
-                G_k = (g_k.mT @ x_k).to(M_k.dtype) * M_k  # (m_k, T) @ (T, n_k) -> (m_k, n_k); times scale, the gradient of B_k A_k
-                dA[k], dB[k] = ctx.scale * (B[k].mT @ G_k), ctx.scale * (G_k @ A[k].mT)
-        return (dx, None, dbias, None, None, None, *dA, *dB)
+        x, W0, *factors = ctx.saved_tensors  # (T, n), (m, n)
+        K, grads = len(ctx.rows), [None] * len(factors)
+        pair = _stack(factors, ctx.rows, ctx.cols)
+        dx = g @ _fold(W0, *pair, ctx.scale, modulate=True).to(g.dtype) if ctx.needs_input_grad[0] else None  # (T, m) @ (m, n) -> (T, n)
+        for k, (rows, cols, A_k, B_k) in enumerate(zip(ctx.rows, ctx.cols, factors, factors[K:])):
+            if len(A_k):
+                g_k, x_k = g.gather(1, rows.expand(len(g), -1)), x.gather(1, cols.expand(len(x), -1)).to(g.dtype)
+                G_k = (g_k.mT @ x_k).to(A_k.dtype) * W0.index_select(0, rows).index_select(1, cols)  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
+                grads[k], grads[K + k] = ctx.scale * (B_k.mT @ G_k), ctx.scale * (G_k @ A_k.mT)
+        return dx, None, None, None, None, None, *grads
 
 
-def _is_permutation(order, size):
-    return order.ndim == 1 and not order.is_floating_point() and sorted(order.tolist()) == list(range(size))
-
-
-def _check_order(order, m, n):
-    """The pair of permutations that the caller gave, as int64 tensors of their own."""
-    try:
-        pair = [torch.as_tensor(o, device="cpu") for o in order]
-    except (TypeError, ValueError, RuntimeError):
-        pair = []
-    if len(pair) != 2 or not (_is_permutation(pair[0], m) and _is_permutation(pair[1], n)):
-        raise ValueError(f'order must be "spectral", "natural" or a pair: a permutation of 0..{m - 1} for the rows and one of 0..{n - 1} '
-                         f"for the columns, got {f'shapes {[tuple(o.shape) for o in pair]}' if pair else repr(order)}")
-    return [o.long().clone() for o in pair]
+def _permutation(order, size, name):
+    """An order from outside, as an int64 tensor of its own."""
+    order = torch.as_tensor(order).flatten()
+    ok = not order.is_floating_point() and sorted(order.tolist()) == list(range(size))
+    _require(ok, f"{name} must be a permutation of 0..{size - 1}, got {order}")
+    return order.long().clone()
 
 
 def _is_conv1d(base):
@@ -222,16 +203,14 @@ def _is_conv1d(base):
 
 def _check_linear(base):
     """Raise unless `base` can be wrapped: a 2-D floating finite `weight` and a `bias` that is None or matches it."""
-    if isinstance(base, SMoALinear):
-        raise ValueError("this layer is adapted already: unload it first, or load another adapter onto the model")
-    if not isinstance(base, nn.Module) or not (hasattr(base, "weight") and hasattr(base, "bias")) or hasattr(base, "normalized_shape"):
-        raise TypeError(f"{type(base).__name__} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias")
-    if "weight" not in base._parameters:
-        raise TypeError(f"the weight of this {type(base).__name__} is no parameter but computed, by a parametrization or a hook: remove that first")
+    kind = type(base).__name__
+    _require(not isinstance(base, SMoALinear), "this layer is adapted already: unload it first, or load another adapter onto the model")
+    linear = isinstance(base, nn.Module) and hasattr(base, "weight") and hasattr(base, "bias") and not hasattr(base, "normalized_shape")
+    _require(linear, f"{kind} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias", TypeError)
+    _require("weight" in base._parameters, f"the weight of this {kind} is computed, by a parametrization or a hook: remove that first", TypeError)
     _check_weight(base.weight)
     m = base.weight.shape[1 if _is_conv1d(base) else 0]
-    if base.bias is not None and base.bias.shape != (m,):
-        raise TypeError(f"{type(base).__name__} is no linear layer: bias {tuple(base.bias.shape)} beside weight {tuple(base.weight.shape)}")
+    _require(base.bias is None or base.bias.shape == (m,), f"{kind} is no linear layer: its bias must be None or ({m},), got {getattr(base.bias, 'shape', None)}", TypeError)
 
 
 class SMoALinear(nn.Module):
@@ -266,25 +245,24 @@ class SMoALinear(nn.Module):
         m, n = self.out_features, self.in_features = weight.shape
         sizes = _block_sizes(m, n, rank, num_blocks)
         ranks = [r_k for r_k, _, _ in sizes] if branch_ranks is None else list(branch_ranks)
-        if not all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks) or len(ranks) != num_blocks or sum(ranks) != rank:
-            raise ValueError(f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {ranks}")
+        _require(all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks) and len(ranks) == num_blocks and sum(ranks) == rank,
+                 f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {ranks}")
         alpha, dropout = float(rank if alpha is None else alpha), float(dropout)
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha must be positive and finite, got {alpha!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        _require(0 < alpha < float("inf"), f"alpha must be positive and finite, got {alpha!r}")
+        _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
         self.rank, self.num_blocks, self.alpha, self.dropout, self.modulate = rank, num_blocks, alpha, dropout, bool(modulate)
         self.scale, self.branch_ranks = alpha / rank, ranks
         if isinstance(order, str) and order in ("spectral", "natural"):
             order = spectral_order(weight) if order == "spectral" and num_blocks > 1 else (range(m), range(n))
-        for name, o in zip(("row_order", "col_order"), _check_order(order, m, n)):
-            self.register_buffer(name, o.to(weight.device))
-        # Half precision is for the frozen weight; a factor that learns by small steps needs float32. An empty factor learns nothing.
+        _require(isinstance(order, (tuple, list)) and len(order) == 2, f'order must be "spectral", "natural" or a pair of permutations, got {order}')
+        self.register_buffer("row_order", _permutation(order[0], m, "the order of the rows").to(weight.device))
+        self.register_buffer("col_order", _permutation(order[1], n, "the order of the columns").to(weight.device))
+        # Half precision is for the frozen weight; a factor that learns by small steps needs float32.
         options = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         for r_k, (_, m_k, n_k) in zip(ranks, sizes):
             A_k = torch.empty(r_k, n_k, **options)
-            self.A.append(nn.Parameter(nn.init.kaiming_uniform_(A_k, a=math.sqrt(5)) if r_k else A_k, requires_grad=r_k > 0))
+            self.A.append(nn.Parameter(nn.init.kaiming_uniform_(A_k, a=5**0.5) if r_k else A_k, requires_grad=r_k > 0))
             self.B.append(nn.Parameter(torch.zeros(m_k, r_k, **options), requires_grad=r_k > 0))
         self.base = base.requires_grad_(False)
         self.enabled = True  # False inside `disabled(model)`
@@ -326,14 +304,13 @@ class SMoALinear(nn.Module):
         return self._put(self._replaced, weight.detach().clone()) if self.merged else weight
 
     def _stacked(self):
-        return _stack(self.A, self.B, self.row_order, self.col_order)
+        return _stack([*self.A, *self.B], self.rows, self.cols)
 
     def delta_weight(self):
         """delta_W, (m, n) in the orientation of nn.Linear.weight, differentiable in A and B; in the dtype of the factors."""
-        A, B = self._stacked()
-        with torch.autocast(A.device.type, enabled=False):
-            delta = self.scale * (B @ A)
-        return delta * self.original_weight() if self.modulate else delta
+        W0 = self.original_weight()
+        delta = _fold(torch.zeros_like(W0), *self._stacked(), self.scale, modulate=False)
+        return delta * W0 if self.modulate else delta
 
     @property
     def weight(self):
@@ -348,22 +325,18 @@ class SMoALinear(nn.Module):
     def forward(self, x):
         if self.merged or not self.enabled:
             return self._guard(self.base(x))
-        z = x  # what the update reads; the base casts for itself
-        if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-            z = x.to(torch.get_autocast_dtype(x.device.type))
-        if not self.modulate:  # LoRA, MELoRA: a thin detour
-            A, B = self._stacked()
-            h = F.linear(F.dropout(z, self.dropout, self.training), A.to(z.dtype))  # (T, n) @ (n, r) -> (T, r)
-            return self.base(x) + self.scale * F.linear(h, B.to(z.dtype))  # (T, r) @ (r, m) -> (T, m)
         W0 = self.original_weight()
-        if self._folds():
-            if W0.numel() <= _PLAIN_UP_TO or W0.requires_grad:
-                return F.linear(z, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias)
-            y = _FoldedLinear.apply(z.reshape(-1, z.shape[-1]), W0, self.bias, self.row_order, self.col_order, self.scale, *self.A, *self.B)
+        if self.modulate and self._folds():
+            if W0.numel() <= _PLAIN_UP_TO or any(p.requires_grad for p in self.base.parameters()):  # somebody unfroze the base
+                return F.linear(x, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias)
+            y = _FoldedLinear.apply(x.reshape(-1, x.shape[-1]), W0, self.bias, self.rows, self.cols, self.scale, *self.A, *self.B)
             return y.view(*x.shape[:-1], self.out_features)
-        z = F.dropout(z, self.dropout, self.training)
-        blocks = [F.linear(z[..., cols], (self.scale * (B_k @ A_k) * W0[rows[:, None], cols]).to(z.dtype))  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
-                  for rows, cols, A_k, B_k in zip(self.rows, self.cols, self.A, self.B)]
+        z = F.dropout(x, self.dropout, self.training)
+        if not self.modulate:  # LoRA, MELoRA: a thin detour, (T, n) @ (n, r) @ (r, m) -> (T, m)
+            A, B = self._stacked()
+            return self.base(x) + self.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
+        blocks = [F.linear(z[..., cols], (self.scale * (B_k @ A_k) * M_k).to(z.dtype))  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
+                  for M_k, cols, A_k, B_k in zip(self._blocks(W0), self.cols, self.A, self.B)]
         return self.base(x) + torch.cat(blocks, -1)[..., self.row_order.argsort()]
 
     def _guard(self, tensor):
@@ -386,9 +359,8 @@ class SMoALinear(nn.Module):
         """
         if not self.merged:
             W0 = self.original_weight().detach()
-            W = _fold(W0, *self._stacked(), self.scale, self.modulate)
-            self._replaced = self._blocks(W0)
-            self._put(self._blocks(W), W0)
+            self._replaced, blocks = self._blocks(W0), self._blocks(_fold(W0, *self._stacked(), self.scale, self.modulate))
+            self._put(blocks, W0)
 
     @torch.no_grad()
     def unmerge(self):
@@ -438,51 +410,39 @@ def adapters(model):
     return ((name, module) for name, module in _unwrap(model).named_modules() if isinstance(module, SMoALinear))
 
 
-def _replace(model, old, new):
-    """Put `new` wherever the module `old` hangs in the model; a shared module hangs in several places."""
+def _swap(model, new):
+    """Put new[module] wherever a module hangs in the model; a shared one hangs in several places."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+        parent._modules.update({name: new[child] for name, child in parent._modules.items() if child in new})
 
 
-@contextlib.contextmanager
-def _all_or_nothing(model):
-    """An error inside leaves the model as it was: its modules, what is frozen, and what is merged."""
-    modules = [(module, dict(module._modules)) for module in model.modules()]
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    merged = [layer for _, layer in adapters(model) if layer.merged]
-    try:
-        yield
-    except BaseException:
-        for module, children in modules:
-            module._modules.update(children)
-        for p, requires_grad in trained:
-            p.requires_grad_(requires_grad)
-        for layer in merged:
-            layer.merge()
-        raise
+def _adapt(model, plan, progress=None, state=None, check_base=True):
+    """Wrap modules, {name: (module, options)}, and freeze the rest. With a `state` they take its values, and the place of all other adapters.
 
-
-def _wrap(model, modules, options_of, progress=None):
-    """Wrap each of {name: module} and freeze the rest of the model."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("adapt the model before DistributedDataParallel wraps it: that has listed the parameters to synchronise already")
-    model, layers = _unwrap(model), {}
-    for name, module in modules.items():
-        try:
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention) and options_of(name).get("dropout"):
-                raise ValueError("nn.MultiheadAttention reads the weight past forward, where dropout cannot act: use dropout=0")
-            layers[name] = SMoALinear(module, **options_of(name))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from None
-        if progress is not None:
-            progress(len(layers), len(modules), name)
-    for layer in layers.values():
-        _replace(model, layer.base, layer)
-    factors = {id(p) for _, layer in adapters(model) for p in [*layer.A, *layer.B]}
+    All is built and checked before the model changes, but that a new layer freezes its base: an error takes that back.
+    """
+    _require(not isinstance(model, nn.parallel.DistributedDataParallel), "adapt the model before DistributedDataParallel wraps it")
+    model, new = _unwrap(model), nn.Module()  # `new` holds the layers side by side, under their dotted names
+    with contextlib.ExitStack() as undo:
+        for p in model.parameters():
+            undo.callback(p.requires_grad_, p.requires_grad)
+        for name, (module, options) in plan.items():
+            try:
+                new._modules[name] = layer = SMoALinear(module, **options)
+                _require(not layer.dropout or not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention),
+                         "nn.MultiheadAttention reads the weight past forward, where dropout cannot act: use dropout=0")
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
+            if progress is not None:
+                progress(len(new._modules), len(plan), name)
+        if state is not None:
+            load_state_dict(new, state, check_base=check_base)
+            unload(model)
+        undo.pop_all()
+    _swap(model, {layer.base: layer for layer in new.children()})
+    factors = {p for _, layer in adapters(model) for p in [*layer.A, *layer.B]}
     for p in model.parameters():
-        p.requires_grad_(p.requires_grad and id(p) in factors)
+        p.requires_grad_(p.requires_grad and p in factors)
 
 
 def inject(model, targets, *, progress=None, **layer_options):
@@ -502,55 +462,39 @@ def inject(model, targets, *, progress=None, **layer_options):
         linear layer. The model is then as before.
     """
     inner = _unwrap(model)
-    modules = {name: module for name, module in inner.named_modules(remove_duplicate=False) if name}
-    adapted = {module for _, layer in adapters(model) for module in layer.modules()}
+    inside = {module for _, layer in adapters(model) for module in layer.modules() if module is not layer}
+    modules = {name: module for name, module in inner.named_modules(remove_duplicate=False) if name and module not in inside}
+    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, (nn.Linear, SMoALinear)) or _is_conv1d(module)}
     wanted, patterns = set(), {targets: targets} if isinstance(targets, str) else {target: r"(.*\.)?" + re.escape(target) for target in targets}
     for target, pattern in patterns.items():
         found = {module for name, module in modules.items() if re.fullmatch(pattern, name)}
-        if not found:
-            linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear) or _is_conv1d(module)}
-            known = sorted({name.removesuffix(".base" if module in adapted else "").rpartition(".")[2] for name, module in linear.items()})
-            raise ValueError(f"target {target!r} matches no module; this model's linear layers are named {', '.join(known) or '(none)'} "
-                             "(in a list, a name or the end of a dotted one; a lone string is a regular expression for the whole dotted name)")
+        _require(found, f"target {target!r} matches no module; this model's linear layers are named {', '.join(sorted(linear)) or '(none)'} (in a "
+                        "list, a name or the end of a dotted one; a lone string is a regular expression for the whole dotted name)")
         wanted |= found
-    if not wanted:
-        raise ValueError("no targets given: name at least one module")
-    chosen = {name: module for name, module in inner.named_modules() if module in wanted}  # in the model's order, shared ones once
-    if adapted & wanted:
-        raise ValueError(f"{[name for name in chosen if chosen[name] in adapted]} are adapted already: unload first, or load another adapter")
-    with _all_or_nothing(inner):
-        _wrap(model, chosen, lambda name: layer_options, progress)
-    return list(chosen)
-
-
-_PROBES = 32
+    _require(wanted, "no targets given: name at least one module")
+    plan = {name: (module, layer_options) for name, module in inner.named_modules() if module in wanted}  # in the model's order, shared ones once
+    _adapt(model, plan, progress)
+    return list(plan)
 
 
 def _sketch(weight):
-    """33 x 32 numbers that tell a weight from another: L^T W0 R / 32 with fixed probes, which keeps distances, and its norm.
+    """1025 numbers that tell a weight from another: L^T W0 R / 32 with fixed probes of 32 columns, which keeps distances, and its norm.
 
     For a difference E, the squared norm of L^T E R / 32 is about ||E||_F^2 (a random projection: Johnson and Lindenstrauss).
     The probes are chirps, sqrt(2) cos(i^2 sqrt(a)): as good as random for this, and the same on every machine.
     """
-    W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-
-    def probes(size):
-        i, a = (torch.arange(1, count + 1, dtype=torch.float64) for count in (size, _PROBES))
-        return (2**0.5 * torch.cos(i.square()[:, None] * a.sqrt())).to(W)
-
-    m, n = W.shape
-    with torch.autocast(W.device.type, enabled=False):
-        S = probes(m).mT @ W @ probes(n) / _PROBES  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
-    return torch.cat([S, W.norm().expand(1, _PROBES) / _PROBES**0.5]).float().cpu()
+    W, a = weight.detach().cpu().double(), torch.arange(1, 33, dtype=torch.float64)
+    L, R = (2**0.5 * torch.cos(torch.arange(1, size + 1)[:, None].square() * a.sqrt()) for size in W.shape)
+    return torch.cat([(L.mT @ W @ R).flatten() / 32, W.norm()[None]])  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
 
 
 def state_dict(model):
     """The adapter alone: per layer its factors and orders, as views of the live ones, and a sketch of the base weight it belongs to."""
     state = {}
     for name, layer in adapters(model):
-        prefix = name + "." if name else ""
-        state |= {key: value for key, value in layer.state_dict(prefix=prefix).items() if not key.startswith(prefix + "base.")}
-        state[f"{prefix}base_sketch"] = _sketch(layer.original_weight())
+        prefix = f"{name}." if name else ""
+        tensors = [*layer.named_buffers(recurse=False), *layer.A.named_parameters("A"), *layer.B.named_parameters("B")]
+        state |= {prefix + key: tensor.detach() for key, tensor in tensors} | {f"{prefix}base_sketch": _sketch(layer.original_weight())}
     return state
 
 
@@ -565,24 +509,20 @@ def load_state_dict(model, state, *, check_base=True):
         ValueError: keys, shapes, orders or a base weight do not fit. The model is then as before.
     """
     mine = state_dict(model)
-    missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
-    if missing or unexpected or not mine:
-        raise ValueError(f"the adapter's layers are not the model's: missing {missing or 'none'}, unexpected {unexpected or 'none'}")
+    _require(mine and mine.keys() == state.keys(), "the adapter's layers are not the model's: "
+             f"missing {sorted(mine.keys() - state.keys()) or 'none'}, unexpected {sorted(state.keys() - mine.keys()) or 'none'}")
     for key, here in mine.items():
-        theirs = state[key]
-        if here.shape != theirs.shape:
-            raise ValueError(f"{key}: the adapter has shape {tuple(theirs.shape)}, the model {tuple(here.shape)}")
-        if key.endswith("_order") and not _is_permutation(theirs, len(here)):
-            raise ValueError(f"{key} is no permutation of 0..{len(here) - 1}")
-        if key.endswith("base_sketch") and check_base:
-            distance, norm = (here - theirs.cpu()).norm(), here[-1].norm()
-            if not distance <= 0.004 * norm:
-                raise ValueError(f"{key.removesuffix('base_sketch')[:-1]}: the adapter was made for another base weight, {distance / norm:.1%} "
-                                 "away in Frobenius norm (0.4% is allowed); load that base, or pass check_base=False")
+        there = state[key].to(here.device)
+        _require(here.shape == there.shape, f"{key}: the adapter has shape {tuple(there.shape)}, the model {tuple(here.shape)}")
+        if key.endswith("_order"):
+            _permutation(there, len(here), key)
+        elif key.endswith("base_sketch") and check_base:
+            distance, norm = (here - there).norm(), here[-1]
+            _require(distance <= 0.004 * norm, f"{key.removesuffix('base_sketch')[:-1]}: the adapter was made for another base weight, "
+                     f"{distance / norm:.1%} away in Frobenius norm (0.4% is allowed); load that base, or pass check_base=False")
     unmerge(model)
     for key, here in mine.items():
-        if not key.endswith("base_sketch"):
-            here.copy_(state[key])
+        here.copy_(state[key])
 
 
 def _config(model):
@@ -600,25 +540,20 @@ def save(model, path):
         ValueError: the model has no adapter.
     """
     state = {key: tensor.cpu() for key, tensor in state_dict(model).items()}
-    if not state:
-        raise ValueError("the model has no adapter to save: inject one first")
-    buffer, temporary = io.BytesIO(), pathlib.Path(f"{path}.{os.getpid()}.tmp")
+    _require(state, "the model has no adapter to save: inject one first")
+    buffer, temporary = io.BytesIO(), pathlib.Path(f"{path}.tmp")
     torch.save({"config": _config(model), "state": state}, buffer)
-    body = buffer.getvalue()
-    try:
-        temporary.write_bytes(body + hashlib.sha256(body).digest())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    temporary.replace(path)
 
 
 def _read(path):
     """(configuration, state) of an adapter file. ValueError if it is anything but a whole one. No code in it can run."""
     raw = pathlib.Path(path).read_bytes()
+    body, digest = raw[:-32], raw[-32:]
     try:
-        body, digest = raw[:-32], raw[-32:]
-        if not body.startswith(b"PK") or hashlib.sha256(body).digest() != digest:  # weights_only is unsafe for torch's older formats, which no PK begins
-            raise ValueError("its checksum does not match, or its format is another")
+        # A zip file begins with PK. weights_only is unsafe for the older formats, which do not.
+        _require(body.startswith(b"PK") and hashlib.sha256(body).digest() == digest, "its checksum does not match, or its format is another")
         file = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         return file["config"], {key: tensor.cpu() for key, tensor in file["state"].items()}
     except Exception as error:
@@ -639,29 +574,23 @@ def load(model, path, *, check_base=True):
         OSError: the file cannot be read. ValueError: it is damaged, names a layer that the model has not, or does not fit
         the model's shapes or its base weights. The model is then as before.
     """
-    inner = _unwrap(model)
     config, state = _read(path)
-    missing = config.keys() - {name for name, _ in inner.named_modules()}
-    if missing:
-        raise ValueError(f"the adapter's layers {sorted(missing)} are not in the model")
-    with _all_or_nothing(inner):
-        if config != _config(model):
-            unload(model)
-            orders = {name: (state.get(f"{name}.row_order"), state.get(f"{name}.col_order")) for name in config}
-            _wrap(model, {name: inner.get_submodule(name) for name in config}, lambda name: config[name] | {"order": orders[name]})
+    bases = {name: module.base if isinstance(module, SMoALinear) else module for name, module in _unwrap(model).named_modules() if name}
+    if config == _config(model):
         load_state_dict(model, state, check_base=check_base)
+    else:
+        _require(config.keys() <= bases.keys(), f"the adapter's layers {sorted(config.keys() - bases.keys())} are not in the model")
+        with disabled(model):  # unmerged for the time of the check
+            plan = {name: (bases[name], options | {"order": "natural"}) for name, options in config.items()}
+            _adapt(model, plan, state=state, check_base=check_base)
     return list(config)
 
 
 def _check_untied(model):
-    owners = {}
-    for name, module in _unwrap(model).named_modules():
-        for key, p in module.named_parameters(recurse=False):
-            owners.setdefault(p.data_ptr(), []).append(f"{name}.{key}")
+    owners = [(p.data_ptr(), f"{name}.{key}") for name, module in _unwrap(model).named_modules() for key, p in module.named_parameters(recurse=False)]
     for name, layer in adapters(model):
-        shared = owners[layer.base.weight.data_ptr()]
-        if len(shared) > 1:
-            raise ValueError(f"{name}: a merge would change {' and '.join(shared)}, which are one tensor: untie them first")
+        shared = [owner for pointer, owner in owners if pointer == layer.base.weight.data_ptr()]
+        _require(len(shared) == 1, f"{name}: a merge would change {' and '.join(shared)}, which are one tensor: untie them first")
 
 
 def merge(model):
@@ -689,12 +618,12 @@ def unload(model, *, merge=False):
     """
     if merge:
         _check_untied(model)
-    inner = _unwrap(model)
-    for _, layer in list(adapters(inner)):
+    layers = [layer for _, layer in adapters(model)]
+    for layer in layers:
         layer.merge() if merge else layer.unmerge()
         layer._replaced = None  # a merge is for good now
-        _replace(inner, layer, layer.base)
-    return inner.base if isinstance(inner, SMoALinear) else model
+    _swap(_unwrap(model), {layer: layer.base for layer in layers})
+    return _unwrap(model).base if isinstance(_unwrap(model), SMoALinear) else model
 
 
 @contextlib.contextmanager
@@ -702,13 +631,12 @@ def disabled(model):
     """A context in which the model computes exactly what its base does; merged layers are unmerged for the time."""
     before = [(layer, layer.enabled, layer.merged) for _, layer in adapters(model)]
     try:
-        unmerge(model)
         for layer, _, _ in before:
+            layer.unmerge()
             layer.enabled = False
         yield model
     finally:
-        left = {layer for _, layer in adapters(model)}  # an unload inside stays one
         for layer, enabled, merged in before:
             layer.enabled = enabled
-            if merged and layer in left:
+            if merged and layer in dict(adapters(model)).values():  # an unload inside stays one
                 layer.merge()

@@ -409,11 +409,12 @@ def test_hooks_and_a_forward_of_its_own_on_the_base_act_as_before(monkeypatch, l
 
 
 @both_ways
-def test_a_base_weight_that_is_unfrozen_learns(monkeypatch, limit):
+def test_a_base_that_is_unfrozen_learns(monkeypatch, limit):
     monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
     layer, x = fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4)), normal(3, 8, seed=1, dtype=torch.float32)
-    layer.base.weight.requires_grad_(True)
+    layer.base.requires_grad_(True)
     layer(x).sum().backward()
+    assert torch.equal(layer.base.bias.grad, torch.full((6,), 3.0))
     dense = (1 + layer.delta_weight() / layer.base.weight) * x.sum(0)  # d/dW0 of sum(x (W0 + (B A) * W0)^T)
     torch.testing.assert_close(layer.base.weight.grad, dense.detach(), rtol=1e-3, atol=1e-4)
 
