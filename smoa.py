@@ -41,6 +41,7 @@ unmerged, a forward forms W0 + delta_W, which costs as much as r more tokens.
 import contextlib
 import hashlib
 import io
+import os
 import pathlib
 import re
 
@@ -69,9 +70,9 @@ def _block_sizes(out_features, in_features, rank, num_blocks):
 
 
 def _check_weight(weight):
-    got = f"{getattr(weight, 'dtype', type(weight).__name__)} of shape {tuple(getattr(weight, 'shape', ()))}"
-    ok = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
-    _require(ok, f"a linear layer's weight must be a 2-D floating tensor, got {got}", TypeError)
+    _require(isinstance(weight, torch.Tensor), f"a weight must be a 2-D floating tensor, got {type(weight).__name__}", TypeError)
+    got = f"{weight.dtype} of shape {tuple(weight.shape)}"
+    _require(weight.ndim == 2 and weight.is_floating_point(), f"a linear layer's weight must be a 2-D floating tensor, got {got}", TypeError)
     _require(not weight.is_meta, "the weight is on the meta device and has no values to order by: load or initialise the model first")
     _require(torch.isfinite(weight).all(), "the weight holds NaN or infinity: a spectrum needs finite numbers")
 
@@ -98,16 +99,16 @@ def spectral_order(weight):
     s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
     s2, V = s2.flip(0).clamp(min=0), V.flip(1)
     norms = W.square().sum(0)  # (q,), of the columns
-    if ((0 < norms) & (norms < 1e-7 * s2[0])).any():  # such a small column drowns in the rounding of the Gram matrix
-        _, s, Vh = torch.linalg.svd(W, full_matrices=False)
-        s2, V = s.square(), Vh.mT
     column_energy = s2 * V.square() * (norms > 0)[:, None]  # (s_j V_ij)^2, exactly 0 for a zero column
+    if ((0 < norms) & (norms < 1e-7 * s2[0])).any():  # such a small column drowns in the rounding of the Gram matrix
+        U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+        s2, V, column_energy = s.square(), Vh.mT, (W.mT @ U).square()
     row_energy = (W @ V).square()  # (s_j U_ij)^2, accurate relative to each row
 
     # Within equal singular values the basis is free, so their directions share one index, the mean.
     group = F.pad((s2[:-1] - s2[1:] > 2e-9 * s2[:-1] + 1e-14 * s2[0]).long().cumsum(0), (1, 0))  # 1e-14: the rounding of the Gram matrix
-    size = group.bincount()
-    index = (size.cumsum(0) - (size + 1) / 2).to(s2)[group]  # 0..q-1 where all are apart
+    size = group.bincount().to(s2)
+    index = (size.cumsum(0) - (size + 1) / 2)[group]  # 0..q-1 where all are apart
 
     def order(energy):
         position = energy @ index / energy.sum(1).clamp(min=torch.finfo(s2.dtype).tiny)  # a zero row stays at 0
@@ -142,10 +143,9 @@ def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
 
 
 def _fold(W0, A, B, scale, modulate):
-    """W0 + delta_W, (m, n), from the stacked pair A (r, n), B (m, r); in the wider of the dtypes of W0 and the pair."""
+    """W0 + delta_W, (m, n), from the stacked pair A (r, n), B (m, r)."""
     with torch.autocast(W0.device.type, enabled=False):
         D = B @ A if W0.is_contiguous() else (A.mT @ B.mT).mT  # (m, r) @ (r, n) -> (m, n), in W0's memory layout
-    D = D.to(torch.promote_types(D.dtype, W0.dtype))
     out = None if torch.is_grad_enabled() else D  # reuse the buffer where autograd does not watch
     return torch.addcmul(W0, D, W0, value=scale, out=out) if modulate else torch.add(W0, D, alpha=scale, out=out)
 
@@ -190,7 +190,7 @@ class _FoldedLinear(torch.autograd.Function):
 
 def _permutation(order, size, name):
     """An order from outside, as an int64 tensor of its own."""
-    order = torch.as_tensor(order).flatten()
+    order = torch.as_tensor(order if isinstance(order, torch.Tensor) else list(order))
     ok = not order.is_floating_point() and sorted(order.tolist()) == list(range(size))
     _require(ok, f"{name} must be a permutation of 0..{size - 1}, got {order}")
     return order.long().clone()
@@ -327,7 +327,7 @@ class SMoALinear(nn.Module):
             return self._guard(self.base(x))
         W0 = self.original_weight()
         if self.modulate and self._folds():
-            if W0.numel() <= _PLAIN_UP_TO or any(p.requires_grad for p in self.base.parameters()):  # somebody unfroze the base
+            if W0.numel() <= _PLAIN_UP_TO or any(t is not None and t.requires_grad for t in (W0, self.bias)):  # or unfrozen
                 return F.linear(x, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias)
             y = _FoldedLinear.apply(x.reshape(-1, x.shape[-1]), W0, self.bias, self.rows, self.cols, self.scale, *self.A, *self.B)
             return y.view(*x.shape[:-1], self.out_features)
@@ -419,13 +419,13 @@ def _swap(model, new):
 def _adapt(model, plan, progress=None, state=None, check_base=True):
     """Wrap modules, {name: (module, options)}, and freeze the rest. With a `state` they take its values, and the place of all other adapters.
 
-    All is built and checked before the model changes, but that a new layer freezes its base: an error takes that back.
+    All is built and checked before the model changes, so that an error leaves it as it was.
     """
     _require(not isinstance(model, nn.parallel.DistributedDataParallel), "adapt the model before DistributedDataParallel wraps it")
     model, new = _unwrap(model), nn.Module()  # `new` holds the layers side by side, under their dotted names
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as after:
         for p in model.parameters():
-            undo.callback(p.requires_grad_, p.requires_grad)
+            after.callback(p.requires_grad_, p.requires_grad)  # a layer freezes its base when it is built: too early
         for name, (module, options) in plan.items():
             try:
                 new._modules[name] = layer = SMoALinear(module, **options)
@@ -438,7 +438,6 @@ def _adapt(model, plan, progress=None, state=None, check_base=True):
         if state is not None:
             load_state_dict(new, state, check_base=check_base)
             unload(model)
-        undo.pop_all()
     _swap(model, {layer.base: layer for layer in new.children()})
     factors = {p for _, layer in adapters(model) for p in [*layer.A, *layer.B]}
     for p in model.parameters():
@@ -483,8 +482,8 @@ def _sketch(weight):
     For a difference E, the squared norm of L^T E R / 32 is about ||E||_F^2 (a random projection: Johnson and Lindenstrauss).
     The probes are chirps, sqrt(2) cos(i^2 sqrt(a)): as good as random for this, and the same on every machine.
     """
-    W, a = weight.detach().cpu().double(), torch.arange(1, 33, dtype=torch.float64)
-    L, R = (2**0.5 * torch.cos(torch.arange(1, size + 1)[:, None].square() * a.sqrt()) for size in W.shape)
+    W = weight.detach().cpu().double()
+    L, R = (2**0.5 * torch.cos(torch.outer(W.new_tensor(range(1, size + 1)).square(), W.new_tensor(range(1, 33)).sqrt())) for size in W.shape)
     return torch.cat([(L.mT @ W @ R).flatten() / 32, W.norm()[None]])  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
 
 
@@ -493,8 +492,9 @@ def state_dict(model):
     state = {}
     for name, layer in adapters(model):
         prefix = f"{name}." if name else ""
-        tensors = [*layer.named_buffers(recurse=False), *layer.A.named_parameters("A"), *layer.B.named_parameters("B")]
-        state |= {prefix + key: tensor.detach() for key, tensor in tensors} | {f"{prefix}base_sketch": _sketch(layer.original_weight())}
+        own = nn.Module.state_dict(layer)  # SMoALinear's would restore W0 for nothing
+        state |= {prefix + key: value for key, value in own.items() if not key.startswith("base.")}
+        state[f"{prefix}base_sketch"] = _sketch(layer.original_weight())
     return state
 
 
@@ -541,7 +541,7 @@ def save(model, path):
     """
     state = {key: tensor.cpu() for key, tensor in state_dict(model).items()}
     _require(state, "the model has no adapter to save: inject one first")
-    buffer, temporary = io.BytesIO(), pathlib.Path(f"{path}.tmp")
+    buffer, temporary = io.BytesIO(), pathlib.Path(f"{path}.{os.getpid()}.tmp")
     torch.save({"config": _config(model), "state": state}, buffer)
     temporary.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
     temporary.replace(path)
@@ -588,8 +588,8 @@ def load(model, path, *, check_base=True):
 
 def _check_untied(model):
     owners = [(p.data_ptr(), f"{name}.{key}") for name, module in _unwrap(model).named_modules() for key, p in module.named_parameters(recurse=False)]
-    for name, layer in adapters(model):
-        shared = [owner for pointer, owner in owners if pointer == layer.base.weight.data_ptr()]
+    for name, weight in [(name, layer.base.weight.data_ptr()) for name, layer in adapters(model)]:
+        shared = [owner for pointer, owner in owners if pointer == weight]
         _require(len(shared) == 1, f"{name}: a merge would change {' and '.join(shared)}, which are one tensor: untie them first")
 
 
@@ -636,7 +636,8 @@ def disabled(model):
             layer.enabled = False
         yield model
     finally:
+        left = {layer for _, layer in adapters(model)}  # an unload inside stays one
         for layer, enabled, merged in before:
             layer.enabled = enabled
-            if merged and layer in dict(adapters(model)).values():  # an unload inside stays one
+            if merged and layer in left:
                 layer.merge()

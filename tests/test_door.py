@@ -49,6 +49,7 @@ BAD_OPTIONS = {
     "an order that repeats": (dict(order=([0, 1, 2, 3, 3], range(8))), "[0, 1, 2, 3, 3]", "permutation of 0..4"),
     "an order that is too short": (dict(order=(range(5), range(7))), "[0, 1, 2, 3, 4, 5, 6]", "0..7"),
     "a row order past the end": (dict(order=([1, 2, 3, 4, 5], range(8))), "[1, 2, 3, 4, 5]", "permutation of 0..4"),
+    "an order in two dimensions": (dict(order=(torch.arange(5)[None], range(8))), "[[0, 1, 2, 3, 4]]", "permutation of 0..4"),
     "an order of floats": (dict(order=(torch.arange(5.0), range(8))), "[0., 1., 2., 3., 4.]", "permutation of 0..4"),
 }
 
@@ -149,6 +150,7 @@ NO_LINEAR_LAYERS = {
     "Conv2d": nn.Conv2d(5, 8, 3),
     "Bilinear": nn.Bilinear(5, 8, 4),
     "GRU": nn.GRU(5, 8),
+    "a weight of (in, out) that is no Conv1D": nn.ParameterDict({"weight": torch.ones(5, 8), "bias": torch.ones(8)}),
 }
 
 

@@ -412,6 +412,21 @@ def test_a_nearly_vanishing_column_is_placed_by_its_direction_not_by_rounding(m,
         assert (np.diff(own[order.numpy()]) > -2e-6).all()
 
 
+def test_order_does_not_depend_on_the_default_dtype():
+    W = generic(300, 280, 0)
+    expected = smoa.spectral_order(W)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(map(torch.equal, smoa.spectral_order(W), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_zero_row_is_at_position_0_and_ties_go_by_index():
+    W = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    assert all(order.tolist() == [0, 1, 2] for order in smoa.spectral_order(W))
+
+
 @given(separated_weights, seeds)
 def test_order_follows_a_permutation_of_rows_and_columns(W, seed):
     P, Q = (torch.randperm(size, generator=generator(seed)) for size in W.shape)

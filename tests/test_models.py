@@ -420,6 +420,16 @@ def test_a_base_that_is_unfrozen_learns(monkeypatch, limit):
 
 
 @both_ways
+def test_a_bias_that_is_no_parameter_passes_its_gradient_on(monkeypatch, limit):
+    monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
+    base, bias = nn.Linear(8, 6), torch.zeros(6, requires_grad=True)
+    del base.bias
+    base.bias = bias
+    smoa.SMoALinear(base, rank=4)(torch.ones(3, 8)).sum().backward()
+    assert torch.equal(bias.grad, torch.full((6,), 3.0))
+
+
+@both_ways
 def test_a_float64_layer_under_autocast_computes_as_its_base_does(monkeypatch, limit):
     monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
     for layer_options in ({}, {"modulate": False}, {"dropout": 0.5}):

@@ -111,6 +111,13 @@ def test_order_given_by_hand_travels_too(file):
     assert fresh.first.col_order.tolist() == [1, 0, 3, 2, 5, 4] and torch.equal(fresh(X), model(X))
 
 
+def test_an_order_given_by_hand_is_copied():
+    mine = (torch.arange(5), torch.arange(8))
+    layer = smoa.SMoALinear(nn.Linear(8, 5), rank=2, order=mine)
+    layer.row_order.copy_(torch.arange(5).flip(0))
+    assert mine[0].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_load_computes_no_spectrum(file, monkeypatch):
     model, fresh = adapted(), Net()
     smoa.save(model, file)
