@@ -41,9 +41,9 @@ unmerged, a forward forms W0 + delta_W, which costs as much as r more tokens.
 import contextlib
 import hashlib
 import io
-import os
 import pathlib
 import re
+import tempfile
 
 import torch
 import torch.nn.functional as F
@@ -65,14 +65,13 @@ def _block_sizes(out_features, in_features, rank, num_blocks):
         _require(isinstance(value, int) and value >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
     _require(num_blocks <= min(out_features, in_features),
              f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: at most {min(out_features, in_features)} blocks do")
-    totals = (rank, out_features, in_features)
-    return [tuple(total // num_blocks + (k < total % num_blocks) for total in totals) for k in range(num_blocks)]
+    return [tuple(total // num_blocks + (k < total % num_blocks) for total in (rank, out_features, in_features)) for k in range(num_blocks)]
 
 
 def _check_weight(weight):
     _require(isinstance(weight, torch.Tensor), f"a weight must be a 2-D floating tensor, got {type(weight).__name__}", TypeError)
-    got = f"{weight.dtype} of shape {tuple(weight.shape)}"
-    _require(weight.ndim == 2 and weight.is_floating_point(), f"a linear layer's weight must be a 2-D floating tensor, got {got}", TypeError)
+    _require(weight.ndim == 2 and weight.is_floating_point(),
+             f"a linear layer's weight must be a 2-D floating tensor, got {weight.dtype} of shape {tuple(weight.shape)}", TypeError)
     _require(not weight.is_meta, "the weight is on the meta device and has no values to order by: load or initialise the model first")
     _require(torch.isfinite(weight).all(), "the weight holds NaN or infinity: a spectrum needs finite numbers")
 
@@ -178,8 +177,8 @@ class _FoldedLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, W0, *factors = ctx.saved_tensors  # (T, n), (m, n)
         K, grads = len(ctx.rows), [None] * len(factors)
-        pair = _stack(factors, ctx.rows, ctx.cols)
-        dx = g @ _fold(W0, *pair, ctx.scale, modulate=True).to(g.dtype) if ctx.needs_input_grad[0] else None  # (T, m) @ (m, n) -> (T, n)
+        # (T, m) @ (m, n) -> (T, n)
+        dx = g @ _fold(W0, *_stack(factors, ctx.rows, ctx.cols), ctx.scale, modulate=True).to(g.dtype) if ctx.needs_input_grad[0] else None
         for k, (rows, cols, A_k, B_k) in enumerate(zip(ctx.rows, ctx.cols, factors, factors[K:])):
             if len(A_k):
                 g_k, x_k = g.gather(1, rows.expand(len(g), -1)), x.gather(1, cols.expand(len(x), -1)).to(g.dtype)
@@ -191,8 +190,7 @@ class _FoldedLinear(torch.autograd.Function):
 def _permutation(order, size, name):
     """An order from outside, as an int64 tensor of its own."""
     order = torch.as_tensor(order if isinstance(order, torch.Tensor) else list(order))
-    ok = not order.is_floating_point() and sorted(order.tolist()) == list(range(size))
-    _require(ok, f"{name} must be a permutation of 0..{size - 1}, got {order}")
+    _require(not order.is_floating_point() and sorted(order.tolist()) == list(range(size)), f"{name} must be a permutation of 0..{size - 1}, got {order}")
     return order.long().clone()
 
 
@@ -210,7 +208,7 @@ def _check_linear(base):
     _require("weight" in base._parameters, f"the weight of this {kind} is computed, by a parametrization or a hook: remove that first", TypeError)
     _check_weight(base.weight)
     m = base.weight.shape[1 if _is_conv1d(base) else 0]
-    _require(base.bias is None or base.bias.shape == (m,), f"{kind} is no linear layer: its bias must be None or ({m},), got {getattr(base.bias, 'shape', None)}", TypeError)
+    _require(base.bias is None or base.bias.shape == (m,), f"{kind} is no linear layer: its bias is {getattr(base.bias, 'shape', None)}, not ({m},)", TypeError)
 
 
 class SMoALinear(nn.Module):
@@ -460,9 +458,8 @@ def inject(model, targets, *, progress=None, **layer_options):
         ValueError: a target matches nothing, a layer is adapted already, an option is out of range. TypeError: a match is no
         linear layer. The model is then as before.
     """
-    inner = _unwrap(model)
     inside = {module for _, layer in adapters(model) for module in layer.modules() if module is not layer}
-    modules = {name: module for name, module in inner.named_modules(remove_duplicate=False) if name and module not in inside}
+    modules = {name: module for name, module in _unwrap(model).named_modules(remove_duplicate=False) if name and module not in inside}
     linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, (nn.Linear, SMoALinear)) or _is_conv1d(module)}
     wanted, patterns = set(), {targets: targets} if isinstance(targets, str) else {target: r"(.*\.)?" + re.escape(target) for target in targets}
     for target, pattern in patterns.items():
@@ -471,7 +468,8 @@ def inject(model, targets, *, progress=None, **layer_options):
                         "list, a name or the end of a dotted one; a lone string is a regular expression for the whole dotted name)")
         wanted |= found
     _require(wanted, "no targets given: name at least one module")
-    plan = {name: (module, layer_options) for name, module in inner.named_modules() if module in wanted}  # in the model's order, shared ones once
+    # In the model's order, and a shared module once.
+    plan = {name: (module, layer_options) for name, module in _unwrap(model).named_modules() if module in wanted}
     _adapt(model, plan, progress)
     return list(plan)
 
@@ -541,10 +539,12 @@ def save(model, path):
     """
     state = {key: tensor.cpu() for key, tensor in state_dict(model).items()}
     _require(state, "the model has no adapter to save: inject one first")
-    buffer, temporary = io.BytesIO(), pathlib.Path(f"{path}.{os.getpid()}.tmp")
+    buffer = io.BytesIO()
     torch.save({"config": _config(model), "state": state}, buffer)
-    temporary.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
-    temporary.replace(path)
+    with tempfile.TemporaryDirectory(dir=pathlib.Path(path).parent) as folder:  # beside the file, where a rename is all or nothing
+        whole = pathlib.Path(folder, "adapter")
+        whole.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+        whole.replace(path)
 
 
 def _read(path):

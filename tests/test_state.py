@@ -453,13 +453,13 @@ def test_save_writes_one_file_and_replaces_an_old_one_whole(file, monkeypatch):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_save_that_fails_leaves_the_old_file(file, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(file, monkeypatch):
     smoa.save(adapted(fill_seed=1), file)
     old = file.read_bytes()
     monkeypatch.setattr(Path, "write_bytes", lambda path, content: (path.open("wb").write(content[:100]), [].pop()))
     with pytest.raises(IndexError):
         smoa.save(adapted(fill_seed=2), file)
-    assert file.read_bytes() == old
+    assert file.read_bytes() == old and [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_save_changes_nothing_in_the_model(file):
