@@ -456,8 +456,14 @@ def test_save_writes_one_file_and_replaces_an_old_one_whole(file, monkeypatch):
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(file, monkeypatch):
     smoa.save(adapted(fill_seed=1), file)
     old = file.read_bytes()
-    monkeypatch.setattr(Path, "write_bytes", lambda path, content: (path.open("wb").write(content[:100]), [].pop()))
-    with pytest.raises(IndexError):
+
+    def write_until_the_disk_is_full(path, content):
+        with path.open("wb") as half:
+            half.write(content[:100])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", write_until_the_disk_is_full)
+    with pytest.raises(OSError, match="disk full"):
         smoa.save(adapted(fill_seed=2), file)
     assert file.read_bytes() == old and [path.name for path in file.parent.iterdir()] == [file.name]
 
