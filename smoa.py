@@ -325,7 +325,8 @@ class SMoALinear(nn.Module):
             return self._guard(self.base(x))
         W0 = self.original_weight()
         if self.modulate and self._folds():
-            if W0.numel() <= _PLAIN_UP_TO or any(t is not None and t.requires_grad for t in (W0, self.bias)):  # or unfrozen
+            # A small layer, or a base that somebody unfroze: autograd's own gradient, of the whole weight.
+            if W0.numel() <= _PLAIN_UP_TO or any(t is not None and t.requires_grad for t in (W0, self.bias)):
                 return F.linear(x, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias)
             y = _FoldedLinear.apply(x.reshape(-1, x.shape[-1]), W0, self.bias, self.rows, self.cols, self.scale, *self.A, *self.B)
             return y.view(*x.shape[:-1], self.out_features)
