@@ -118,6 +118,22 @@ def test_an_order_given_by_hand_is_copied():
     assert mine[0].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_factors_that_a_layer_shares_are_saved_under_both_names(file):
+    model = adapted()
+    model.first.A[1] = model.first.A[0]
+    smoa.save(model, file)
+    smoa.load(fresh := Net(), file)
+    assert torch.equal(fresh(X), model(X))
+
+
+def test_state_does_not_depend_on_the_default_device():
+    model = adapted()
+    expected = smoa.state_dict(model)
+    with torch.device("meta"):
+        state = smoa.state_dict(model)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
 def test_load_computes_no_spectrum(file, monkeypatch):
     model, fresh = adapted(), Net()
     smoa.save(model, file)
