@@ -542,9 +542,10 @@ def save(model, path):
     _require(state, "the model has no adapter to save: inject one first")
     buffer = io.BytesIO()
     torch.save({"config": _config(model), "state": state}, buffer)
+    body = buffer.getvalue()
     with tempfile.TemporaryDirectory(dir=pathlib.Path(path).parent) as folder:  # beside the file, where a rename is all or nothing
         whole = pathlib.Path(folder, "adapter")
-        whole.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+        whole.write_bytes(body + hashlib.sha256(body).digest())
         whole.replace(path)
 
 
@@ -576,10 +577,10 @@ def load(model, path, *, check_base=True):
         the model's shapes or its base weights. The model is then as before.
     """
     config, state = _read(path)
-    bases = {name: module.base if isinstance(module, SMoALinear) else module for name, module in _unwrap(model).named_modules() if name}
     if config == _config(model):
         load_state_dict(model, state, check_base=check_base)
     else:
+        bases = {name: module.base if isinstance(module, SMoALinear) else module for name, module in _unwrap(model).named_modules() if name}
         _require(config.keys() <= bases.keys(), f"the adapter's layers {sorted(config.keys() - bases.keys())} are not in the model")
         with disabled(model):  # unmerged for the time of the check
             plan = {name: (bases[name], options | {"order": "natural"}) for name, options in config.items()}
@@ -589,8 +590,9 @@ def load(model, path, *, check_base=True):
 
 def _check_untied(model):
     owners = [(p.data_ptr(), f"{name}.{key}") for name, module in _unwrap(model).named_modules() for key, p in module.named_parameters(recurse=False)]
-    for name, weight in [(name, layer.base.weight.data_ptr()) for name, layer in adapters(model)]:
-        shared = [owner for pointer, owner in owners if pointer == weight]
+    for name, layer in adapters(model):
+        mine = layer.base.weight.data_ptr()
+        shared = [owner for pointer, owner in owners if pointer == mine]
         _require(len(shared) == 1, f"{name}: a merge would change {' and '.join(shared)}, which are one tensor: untie them first")
 
 
