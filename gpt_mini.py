@@ -28,7 +28,9 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 n_head={2 * self.n_head}: rotary positions turn pairs of channels")
+            raise ValueError(
+                f"n_embd={self.n_embd} must be a multiple of 2 n_head={2 * self.n_head}: rotary positions turn pairs of channels"
+            )
 
 
 class Norm(nn.LayerNorm):
@@ -69,7 +71,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=-1))  # (B, H, T, d)
+        q, k, v = (
+            t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=-1)
+        )  # (B, H, T, d)
         q, k = (rotate(t, self.cos[:T], self.sin[:T]).to(v.dtype) for t in (q, k))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
@@ -89,8 +93,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.shift1, self.attn = Norm(config.n_embd), TokenShift(config.n_embd), Attention(config)
-        self.norm2, self.shift2, self.mlp = Norm(config.n_embd), TokenShift(config.n_embd), MLP(config)
+        self.norm1, self.shift1, self.attn = (
+            Norm(config.n_embd),
+            TokenShift(config.n_embd),
+            Attention(config),
+        )
+        self.norm2, self.shift2, self.mlp = (
+            Norm(config.n_embd),
+            TokenShift(config.n_embd),
+            MLP(config),
+        )
 
     def forward(self, x):
         x = x + self.attn(self.shift1(self.norm1(x)))
@@ -107,8 +119,15 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.embed.weight  # tied
         for name, p in self.named_parameters():
-            if p.ndim == 2:  # GPT-2's: the 2 n_layer projections that add to the residual stream start smaller
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("proj.weight") else 0.02)
+            if (
+                p.ndim == 2
+            ):  # GPT-2's: the 2 n_layer projections that add to the residual stream start smaller
+                nn.init.normal_(
+                    p,
+                    std=0.02 / math.sqrt(2 * config.n_layer)
+                    if name.endswith("proj.weight")
+                    else 0.02,
+                )
 
     def forward(self, idx, targets=None):
         """Next-token logits, and their loss where targets are given.
@@ -128,7 +147,11 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = (
+            None
+            if targets is None
+            else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        )
         return logits, loss
 
     @torch.no_grad()
@@ -143,17 +166,23 @@ class GPT(nn.Module):
             ValueError: temperature below 0, top_k below 1, or an empty idx.
         """
         if temperature < 0 or (top_k is not None and top_k < 1) or idx.shape[1] == 0:
-            raise ValueError(f"need temperature >= 0, top_k >= 1 and at least one token, got {temperature}, {top_k} and {idx.shape[1]}")
+            raise ValueError(
+                f"need temperature >= 0, top_k >= 1 and at least one token, got {temperature}, {top_k} and {idx.shape[1]}"
+            )
         training = self.training
         self.eval()
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, vocab_size)
             if top_k is not None:
-                logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -math.inf
+                logits[
+                    logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                ] = -math.inf
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+                token = torch.multinomial(
+                    F.softmax(logits / temperature, dim=-1), 1, generator=generator
+                )
             idx = torch.cat((idx, token), dim=1)
         self.train(training)
         return idx

@@ -61,19 +61,48 @@ def _require(condition, message, error=ValueError):
 
 def _block_sizes(out_features, in_features, rank, num_blocks):
     """[(r_k, m_k, n_k)]: each total cut as `torch.tensor_split` cuts, as evenly as possible, the first pieces get the remainder."""
-    for name, value in (("out_features", out_features), ("in_features", in_features), ("rank", rank), ("num_blocks", num_blocks)):
-        _require(isinstance(value, int) and value >= 1, f"{name} must be a whole number of at least 1, got {value!r}")
-    _require(num_blocks <= min(out_features, in_features),
-             f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: at most {min(out_features, in_features)} blocks do")
-    return [tuple(total // num_blocks + (k < total % num_blocks) for total in (rank, out_features, in_features)) for k in range(num_blocks)]
+    for name, value in (
+        ("out_features", out_features),
+        ("in_features", in_features),
+        ("rank", rank),
+        ("num_blocks", num_blocks),
+    ):
+        _require(
+            isinstance(value, int) and value >= 1,
+            f"{name} must be a whole number of at least 1, got {value!r}",
+        )
+    _require(
+        num_blocks <= min(out_features, in_features),
+        f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: at most {min(out_features, in_features)} blocks do",
+    )
+    return [
+        tuple(
+            total // num_blocks + (k < total % num_blocks)
+            for total in (rank, out_features, in_features)
+        )
+        for k in range(num_blocks)
+    ]
 
 
 def _check_weight(weight):
-    _require(isinstance(weight, torch.Tensor), f"a weight must be a 2-D floating tensor, got {type(weight).__name__}", TypeError)
-    _require(weight.ndim == 2 and weight.is_floating_point(),
-             f"a linear layer's weight must be a 2-D floating tensor, got {weight.dtype} of shape {tuple(weight.shape)}", TypeError)
-    _require(not weight.is_meta, "the weight is on the meta device and has no values to order by: load or initialise the model first")
-    _require(torch.isfinite(weight).all(), "the weight holds NaN or infinity: a spectrum needs finite numbers")
+    _require(
+        isinstance(weight, torch.Tensor),
+        f"a weight must be a 2-D floating tensor, got {type(weight).__name__}",
+        TypeError,
+    )
+    _require(
+        weight.ndim == 2 and weight.is_floating_point(),
+        f"a linear layer's weight must be a 2-D floating tensor, got {weight.dtype} of shape {tuple(weight.shape)}",
+        TypeError,
+    )
+    _require(
+        not weight.is_meta,
+        "the weight is on the meta device and has no values to order by: load or initialise the model first",
+    )
+    _require(
+        torch.isfinite(weight).all(),
+        "the weight holds NaN or infinity: a spectrum needs finite numbers",
+    )
 
 
 def spectral_order(weight):
@@ -91,29 +120,45 @@ def spectral_order(weight):
     (tensor([1, 2, 0]), tensor([1, 2, 0]))
     """
     _check_weight(weight)
-    W = weight.detach().to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)  # mps has no float64
-    W = W / W.abs().max().clamp(min=torch.finfo(W.dtype).tiny)  # scale-free: squares can neither overflow nor vanish
+    W = weight.detach().to(
+        "cpu" if weight.device.type == "mps" else weight.device, torch.float64
+    )  # mps has no float64
+    W = W / W.abs().max().clamp(
+        min=torch.finfo(W.dtype).tiny
+    )  # scale-free: squares can neither overflow nor vanish
     wide = W.shape[0] < W.shape[1]
     W = W.mT if wide else W  # (tall, q)
     s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
     s2, V = s2.flip(0).clamp(min=0), V.flip(1)
     norms = W.square().sum(0)  # (q,), of the columns
-    column_energy = s2 * V.square() * (norms > 0)[:, None]  # (s_j V_ij)^2, exactly 0 for a zero column
-    if ((0 < norms) & (norms < 1e-7 * s2[0])).any():  # such a small column drowns in the rounding of the Gram matrix
+    column_energy = (
+        s2 * V.square() * (norms > 0)[:, None]
+    )  # (s_j V_ij)^2, exactly 0 for a zero column
+    if (
+        (0 < norms) & (norms < 1e-7 * s2[0])
+    ).any():  # such a small column drowns in the rounding of the Gram matrix
         U, s, Vh = torch.linalg.svd(W, full_matrices=False)
         s2, V, column_energy = s.square(), Vh.mT, (W.mT @ U).square()
     row_energy = (W @ V).square()  # (s_j U_ij)^2, accurate relative to each row
 
     # Within equal singular values the basis is free, so their directions share one index, the mean.
-    group = F.pad((s2[:-1] - s2[1:] > 2e-9 * s2[:-1] + 1e-14 * s2[0]).long().cumsum(0), (1, 0))  # 1e-14: the rounding of the Gram matrix
+    group = F.pad(
+        (s2[:-1] - s2[1:] > 2e-9 * s2[:-1] + 1e-14 * s2[0]).long().cumsum(0), (1, 0)
+    )  # 1e-14: the rounding of the Gram matrix
     size = group.bincount().to(s2)
     index = (size.cumsum(0) - (size + 1) / 2)[group]  # 0..q-1 where all are apart
 
     def order(energy):
-        position = energy @ index / energy.sum(1).clamp(min=torch.finfo(s2.dtype).tiny)  # a zero row stays at 0
+        position = (
+            energy @ index / energy.sum(1).clamp(min=torch.finfo(s2.dtype).tiny)
+        )  # a zero row stays at 0
         return torch.argsort(position.round(decimals=6), stable=True).to(weight.device)
 
-    return (order(column_energy), order(row_energy)) if wide else (order(row_energy), order(column_energy))
+    return (
+        (order(column_energy), order(row_energy))
+        if wide
+        else (order(row_energy), order(column_energy))
+    )
 
 
 def count_parameters(out_features, in_features, rank, num_blocks):
@@ -122,7 +167,10 @@ def count_parameters(out_features, in_features, rank, num_blocks):
     >>> count_parameters(768, 768, rank=8, num_blocks=1), count_parameters(768, 768, rank=8, num_blocks=4)
     (12288, 3072)
     """
-    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in _block_sizes(out_features, in_features, rank, num_blocks))
+    return sum(
+        r_k * (m_k + n_k)
+        for r_k, m_k, n_k in _block_sizes(out_features, in_features, rank, num_blocks)
+    )
 
 
 def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
@@ -144,18 +192,31 @@ def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
 def _fold(W0, A, B, scale, modulate):
     """W0 + delta_W, (m, n), from the stacked pair A (r, n), B (m, r)."""
     with torch.autocast(W0.device.type, enabled=False):
-        D = B @ A if W0.is_contiguous() else (A.mT @ B.mT).mT  # (m, r) @ (r, n) -> (m, n), in W0's memory layout
+        D = (
+            B @ A if W0.is_contiguous() else (A.mT @ B.mT).mT
+        )  # (m, r) @ (r, n) -> (m, n), in W0's memory layout
     out = None if torch.is_grad_enabled() else D  # reuse the buffer where autograd does not watch
-    return torch.addcmul(W0, D, W0, value=scale, out=out) if modulate else torch.add(W0, D, alpha=scale, out=out)
+    return (
+        torch.addcmul(W0, D, W0, value=scale, out=out)
+        if modulate
+        else torch.add(W0, D, alpha=scale, out=out)
+    )
 
 
 def _stack(factors, rows, cols):
     """The pairs A_1..A_K, B_1..B_K as one, A (r, n) and B (m, r): their product is B_k A_k at (rows_k, cols_k) and 0 elsewhere."""
-    A, B = torch.block_diag(*factors[: len(rows)]), torch.block_diag(*factors[len(rows) :])  # in spectral order
-    return torch.empty_like(A).index_copy(1, torch.cat(cols), A), torch.empty_like(B).index_copy(0, torch.cat(rows), B)
+    A, B = (
+        torch.block_diag(*factors[: len(rows)]),
+        torch.block_diag(*factors[len(rows) :]),
+    )  # in spectral order
+    return torch.empty_like(A).index_copy(1, torch.cat(cols), A), torch.empty_like(B).index_copy(
+        0, torch.cat(rows), B
+    )
 
 
-_PLAIN_UP_TO = 2**17  # weights in a layer; below that, autograd's full weight gradient takes less time than gathering blocks for a part of it
+_PLAIN_UP_TO = (
+    2**17
+)  # weights in a layer; below that, autograd's full weight gradient takes less time than gathering blocks for a part of it
 
 
 class _FoldedLinear(torch.autograd.Function):
@@ -178,11 +239,21 @@ class _FoldedLinear(torch.autograd.Function):
         x, W0, *factors = ctx.saved_tensors  # (T, n), (m, n)
         K, grads = len(ctx.rows), [None] * len(factors)
         # (T, m) @ (m, n) -> (T, n)
-        dx = g @ _fold(W0, *_stack(factors, ctx.rows, ctx.cols), ctx.scale, modulate=True).to(g.dtype) if ctx.needs_input_grad[0] else None
+        dx = (
+            g
+            @ _fold(W0, *_stack(factors, ctx.rows, ctx.cols), ctx.scale, modulate=True).to(g.dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         for k, (rows, cols, A_k, B_k) in enumerate(zip(ctx.rows, ctx.cols, factors, factors[K:])):
             if len(A_k):
-                g_k, x_k = g.gather(1, rows.expand(len(g), -1)), x.gather(1, cols.expand(len(x), -1)).to(g.dtype)
-                G_k = (g_k.mT @ x_k).to(A_k.dtype) * W0.index_select(0, rows).index_select(1, cols)  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
+                g_k, x_k = (
+                    g.gather(1, rows.expand(len(g), -1)),
+                    x.gather(1, cols.expand(len(x), -1)).to(g.dtype),
+                )
+                G_k = (g_k.mT @ x_k).to(A_k.dtype) * W0.index_select(0, rows).index_select(
+                    1, cols
+                )  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
                 grads[k], grads[K + k] = ctx.scale * (B_k.mT @ G_k), ctx.scale * (G_k @ A_k.mT)
         return dx, None, None, None, None, None, *grads
 
@@ -190,7 +261,10 @@ class _FoldedLinear(torch.autograd.Function):
 def _permutation(order, size, name):
     """An order from outside, as an int64 tensor of its own."""
     order = torch.as_tensor(order if isinstance(order, torch.Tensor) else list(order))
-    _require(not order.is_floating_point() and sorted(order.tolist()) == list(range(size)), f"{name} must be a permutation of 0..{size - 1}, got {order}")
+    _require(
+        not order.is_floating_point() and sorted(order.tolist()) == list(range(size)),
+        f"{name} must be a permutation of 0..{size - 1}, got {order}",
+    )
     return order.long().clone()
 
 
@@ -202,13 +276,33 @@ def _is_conv1d(base):
 def _check_linear(base):
     """Raise unless `base` can be wrapped: a 2-D floating finite `weight` and a `bias` that is None or matches it."""
     kind = type(base).__name__
-    _require(not isinstance(base, SMoALinear), "this layer is adapted already: unload it first, or load another adapter onto the model")
-    linear = isinstance(base, nn.Module) and hasattr(base, "weight") and hasattr(base, "bias") and not hasattr(base, "normalized_shape")
-    _require(linear, f"{kind} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias", TypeError)
-    _require("weight" in base._parameters, f"the weight of this {kind} is computed, by a parametrization or a hook: remove that first", TypeError)
+    _require(
+        not isinstance(base, SMoALinear),
+        "this layer is adapted already: unload it first, or load another adapter onto the model",
+    )
+    linear = (
+        isinstance(base, nn.Module)
+        and hasattr(base, "weight")
+        and hasattr(base, "bias")
+        and not hasattr(base, "normalized_shape")
+    )
+    _require(
+        linear,
+        f"{kind} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias",
+        TypeError,
+    )
+    _require(
+        "weight" in base._parameters,
+        f"the weight of this {kind} is computed, by a parametrization or a hook: remove that first",
+        TypeError,
+    )
     _check_weight(base.weight)
     m = base.weight.shape[1 if _is_conv1d(base) else 0]
-    _require(base.bias is None or base.bias.shape == (m,), f"{kind} is no linear layer: its bias is {getattr(base.bias, 'shape', None)}, not ({m},)", TypeError)
+    _require(
+        base.bias is None or base.bias.shape == (m,),
+        f"{kind} is no linear layer: its bias is {getattr(base.bias, 'shape', None)}, not ({m},)",
+        TypeError,
+    )
 
 
 class SMoALinear(nn.Module):
@@ -235,7 +329,18 @@ class SMoALinear(nn.Module):
         TypeError: `base` is no linear layer, or its weight no 2-D floating tensor. ValueError: anything else out of range.
     """
 
-    def __init__(self, base, rank=8, num_blocks=2, *, alpha=None, dropout=0.0, branch_ranks=None, modulate=True, order="spectral"):
+    def __init__(
+        self,
+        base,
+        rank=8,
+        num_blocks=2,
+        *,
+        alpha=None,
+        dropout=0.0,
+        branch_ranks=None,
+        modulate=True,
+        order="spectral",
+    ):
         super().__init__()
         _check_linear(base)
         self.transposed = _is_conv1d(base)
@@ -243,24 +348,49 @@ class SMoALinear(nn.Module):
         m, n = self.out_features, self.in_features = weight.shape
         sizes = _block_sizes(m, n, rank, num_blocks)
         ranks = [r_k for r_k, _, _ in sizes] if branch_ranks is None else list(branch_ranks)
-        _require(all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks) and len(ranks) == num_blocks and sum(ranks) == rank,
-                 f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {ranks}")
+        _require(
+            all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks)
+            and len(ranks) == num_blocks
+            and sum(ranks) == rank,
+            f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {ranks}",
+        )
         alpha, dropout = float(rank if alpha is None else alpha), float(dropout)
         _require(0 < alpha < float("inf"), f"alpha must be positive and finite, got {alpha!r}")
         _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
-        self.rank, self.num_blocks, self.alpha, self.dropout, self.modulate = rank, num_blocks, alpha, dropout, bool(modulate)
+        self.rank, self.num_blocks, self.alpha, self.dropout, self.modulate = (
+            rank,
+            num_blocks,
+            alpha,
+            dropout,
+            bool(modulate),
+        )
         self.scale, self.branch_ranks = alpha / rank, ranks
         if isinstance(order, str) and order in ("spectral", "natural"):
-            order = spectral_order(weight) if order == "spectral" and num_blocks > 1 else (range(m), range(n))
-        _require(isinstance(order, (tuple, list)) and len(order) == 2, f'order must be "spectral", "natural" or a pair of permutations, got {order}')
-        self.register_buffer("row_order", _permutation(order[0], m, "the order of the rows").to(weight.device))
-        self.register_buffer("col_order", _permutation(order[1], n, "the order of the columns").to(weight.device))
+            order = (
+                spectral_order(weight)
+                if order == "spectral" and num_blocks > 1
+                else (range(m), range(n))
+            )
+        _require(
+            isinstance(order, (tuple, list)) and len(order) == 2,
+            f'order must be "spectral", "natural" or a pair of permutations, got {order}',
+        )
+        self.register_buffer(
+            "row_order", _permutation(order[0], m, "the order of the rows").to(weight.device)
+        )
+        self.register_buffer(
+            "col_order", _permutation(order[1], n, "the order of the columns").to(weight.device)
+        )
         # Half precision is for the frozen weight; a factor that learns by small steps needs float32.
         options = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         for r_k, (_, m_k, n_k) in zip(ranks, sizes):
             A_k = torch.empty(r_k, n_k, **options)
-            self.A.append(nn.Parameter(nn.init.kaiming_uniform_(A_k, a=5**0.5) if r_k else A_k, requires_grad=r_k > 0))
+            self.A.append(
+                nn.Parameter(
+                    nn.init.kaiming_uniform_(A_k, a=5**0.5) if r_k else A_k, requires_grad=r_k > 0
+                )
+            )
             self.B.append(nn.Parameter(torch.zeros(m_k, r_k, **options), requires_grad=r_k > 0))
         self.base = base.requires_grad_(False)
         self.enabled = True  # False inside `disabled(model)`
@@ -289,7 +419,9 @@ class SMoALinear(nn.Module):
         return weight.mT if self.transposed else weight
 
     def _blocks(self, weight):
-        return [weight[rows[:, None], cols] for rows, cols in zip(self.rows, self.cols)]  # (m_k, n_k) each, a copy
+        return [
+            weight[rows[:, None], cols] for rows, cols in zip(self.rows, self.cols)
+        ]  # (m_k, n_k) each, a copy
 
     def _put(self, blocks, weight):
         for rows, cols, block in zip(self.rows, self.cols, blocks):
@@ -314,7 +446,9 @@ class SMoALinear(nn.Module):
     def weight(self):
         if self.merged or not self.enabled:
             return self._guard(self.base.weight)
-        return self._turn(_fold(self.original_weight(), *self._stacked(), self.scale, self.modulate)).to(self.base.weight.dtype)
+        return self._turn(
+            _fold(self.original_weight(), *self._stacked(), self.scale, self.modulate)
+        ).to(self.base.weight.dtype)
 
     @property
     def bias(self):
@@ -326,16 +460,33 @@ class SMoALinear(nn.Module):
         W0 = self.original_weight()
         if self.modulate and self._folds():
             # A small layer, or a base that somebody unfroze: autograd's own gradient, of the whole weight.
-            if W0.numel() <= _PLAIN_UP_TO or any(t is not None and t.requires_grad for t in (W0, self.bias)):
-                return F.linear(x, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias)
-            y = _FoldedLinear.apply(x.reshape(-1, x.shape[-1]), W0, self.bias, self.rows, self.cols, self.scale, *self.A, *self.B)
+            if W0.numel() <= _PLAIN_UP_TO or any(
+                t is not None and t.requires_grad for t in (W0, self.bias)
+            ):
+                return F.linear(
+                    x, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias
+                )
+            y = _FoldedLinear.apply(
+                x.reshape(-1, x.shape[-1]),
+                W0,
+                self.bias,
+                self.rows,
+                self.cols,
+                self.scale,
+                *self.A,
+                *self.B,
+            )
             return y.view(*x.shape[:-1], self.out_features)
         z = F.dropout(x, self.dropout, self.training)
         if not self.modulate:  # LoRA, MELoRA: a thin detour, (T, n) @ (n, r) @ (r, m) -> (T, m)
             A, B = self._stacked()
             return self.base(x) + self.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
-        blocks = [F.linear(z[..., cols], (self.scale * (B_k @ A_k) * M_k).to(z.dtype))  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
-                  for M_k, cols, A_k, B_k in zip(self._blocks(W0), self.cols, self.A, self.B)]
+        blocks = [
+            F.linear(
+                z[..., cols], (self.scale * (B_k @ A_k) * M_k).to(z.dtype)
+            )  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
+            for M_k, cols, A_k, B_k in zip(self._blocks(W0), self.cols, self.A, self.B)
+        ]
         return self.base(x) + torch.cat(blocks, -1)[..., self.row_order.argsort()]
 
     def _guard(self, tensor):
@@ -346,9 +497,17 @@ class SMoALinear(nn.Module):
     def _folds(self):
         """Whether one matmul with W0 + delta_W says the same as two. Not under dropout, which acts on the update's input alone;
         not over half precision, whose rounding of the sum swallows a small delta_W; not for a base with a forward of its own."""
-        plain = "forward" not in vars(self.base) and (self.transposed or type(self.base).forward is nn.Linear.forward)
-        plain = plain and not (self.base._forward_pre_hooks or self.base._forward_hooks or self.base._backward_hooks)
-        return plain and self.base.weight.dtype in (torch.float32, torch.float64) and not (self.training and self.dropout)
+        plain = "forward" not in vars(self.base) and (
+            self.transposed or type(self.base).forward is nn.Linear.forward
+        )
+        plain = plain and not (
+            self.base._forward_pre_hooks or self.base._forward_hooks or self.base._backward_hooks
+        )
+        return (
+            plain
+            and self.base.weight.dtype in (torch.float32, torch.float64)
+            and not (self.training and self.dropout)
+        )
 
     @torch.no_grad()
     def merge(self):
@@ -358,7 +517,10 @@ class SMoALinear(nn.Module):
         """
         if not self.merged:
             W0 = self.original_weight().detach()
-            self._replaced, blocks = self._blocks(W0), self._blocks(_fold(W0, *self._stacked(), self.scale, self.modulate))
+            self._replaced, blocks = (
+                self._blocks(W0),
+                self._blocks(_fold(W0, *self._stacked(), self.scale, self.modulate)),
+            )
             self._put(blocks, W0)
 
     @torch.no_grad()
@@ -390,7 +552,9 @@ class _NoGradientPastMerge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        raise RuntimeError("backward through a merged SMoALinear in training mode: call smoa.unmerge(model) to train, or model.eval()")
+        raise RuntimeError(
+            "backward through a merged SMoALinear in training mode: call smoa.unmerge(model) to train, or model.eval()"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,20 +563,28 @@ class _NoGradientPastMerge(torch.autograd.Function):
 
 def _unwrap(model):
     """The model inside DistributedDataParallel, DataParallel or torch.compile, so that names are the plain model's."""
-    while hasattr(model, "_orig_mod") or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    while hasattr(model, "_orig_mod") or isinstance(
+        model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    ):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
 
 def adapters(model):
     """Iterate over (dotted name, SMoALinear), in the order of `model.named_modules()`."""
-    return ((name, module) for name, module in _unwrap(model).named_modules() if isinstance(module, SMoALinear))
+    return (
+        (name, module)
+        for name, module in _unwrap(model).named_modules()
+        if isinstance(module, SMoALinear)
+    )
 
 
 def _swap(model, new):
     """Put new[module] wherever a module hangs in the model; a shared one hangs in several places."""
     for parent in list(model.modules()):
-        parent._modules.update({name: new[child] for name, child in parent._modules.items() if child in new})
+        parent._modules.update(
+            {name: new[child] for name, child in parent._modules.items() if child in new}
+        )
 
 
 def _adapt(model, plan, progress=None, state=None, check_base=True):
@@ -420,16 +592,29 @@ def _adapt(model, plan, progress=None, state=None, check_base=True):
 
     All is built and checked before the model changes, so that an error leaves it as it was.
     """
-    _require(not isinstance(model, nn.parallel.DistributedDataParallel), "adapt the model before DistributedDataParallel wraps it")
-    model, new = _unwrap(model), nn.Module()  # `new` holds the layers side by side, under their dotted names
+    _require(
+        not isinstance(model, nn.parallel.DistributedDataParallel),
+        "adapt the model before DistributedDataParallel wraps it",
+    )
+    model, new = (
+        _unwrap(model),
+        nn.Module(),
+    )  # `new` holds the layers side by side, under their dotted names
     with contextlib.ExitStack() as after:
         for p in model.parameters():
-            after.callback(p.requires_grad_, p.requires_grad)  # a layer freezes its base when it is built: too early
+            after.callback(
+                p.requires_grad_, p.requires_grad
+            )  # a layer freezes its base when it is built: too early
         for name, (module, options) in plan.items():
             try:
                 new._modules[name] = layer = SMoALinear(module, **options)
-                _require(not layer.dropout or not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention),
-                         "nn.MultiheadAttention reads the weight past forward, where dropout cannot act: use dropout=0")
+                _require(
+                    not layer.dropout
+                    or not isinstance(
+                        model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention
+                    ),
+                    "nn.MultiheadAttention reads the weight past forward, where dropout cannot act: use dropout=0",
+                )
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from None
             if progress is not None:
@@ -459,18 +644,40 @@ def inject(model, targets, *, progress=None, **layer_options):
         ValueError: a target matches nothing, a layer is adapted already, an option is out of range. TypeError: a match is no
         linear layer. The model is then as before.
     """
-    inside = {module for _, layer in adapters(model) for module in layer.modules() if module is not layer}
-    modules = {name: module for name, module in _unwrap(model).named_modules(remove_duplicate=False) if name and module not in inside}
-    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, (nn.Linear, SMoALinear)) or _is_conv1d(module)}
-    wanted, patterns = set(), {targets: targets} if isinstance(targets, str) else {target: r"(.*\.)?" + re.escape(target) for target in targets}
+    inside = {
+        module for _, layer in adapters(model) for module in layer.modules() if module is not layer
+    }
+    modules = {
+        name: module
+        for name, module in _unwrap(model).named_modules(remove_duplicate=False)
+        if name and module not in inside
+    }
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in modules.items()
+        if isinstance(module, (nn.Linear, SMoALinear)) or _is_conv1d(module)
+    }
+    wanted, patterns = (
+        set(),
+        {targets: targets}
+        if isinstance(targets, str)
+        else {target: r"(.*\.)?" + re.escape(target) for target in targets},
+    )
     for target, pattern in patterns.items():
         found = {module for name, module in modules.items() if re.fullmatch(pattern, name)}
-        _require(found, f"target {target!r} matches no module; this model's linear layers are named {', '.join(sorted(linear)) or '(none)'} (in a "
-                        "list, a name or the end of a dotted one; a lone string is a regular expression for the whole dotted name)")
+        _require(
+            found,
+            f"target {target!r} matches no module; this model's linear layers are named {', '.join(sorted(linear)) or '(none)'} (in a "
+            "list, a name or the end of a dotted one; a lone string is a regular expression for the whole dotted name)",
+        )
         wanted |= found
     _require(wanted, "no targets given: name at least one module")
     # In the model's order, and a shared module once.
-    plan = {name: (module, layer_options) for name, module in _unwrap(model).named_modules() if module in wanted}
+    plan = {
+        name: (module, layer_options)
+        for name, module in _unwrap(model).named_modules()
+        if module in wanted
+    }
     _adapt(model, plan, progress)
     return list(plan)
 
@@ -482,8 +689,18 @@ def _sketch(weight):
     The probes are chirps, sqrt(2) cos(i^2 sqrt(a)): as good as random for this, and the same on every machine.
     """
     W = weight.detach().cpu().double()
-    L, R = (2**0.5 * torch.cos(torch.outer(W.new_tensor(range(1, size + 1)).square(), W.new_tensor(range(1, 33)).sqrt())) for size in W.shape)
-    return torch.cat([(L.mT @ W @ R).flatten() / 32, W.norm()[None]])  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
+    L, R = (
+        2**0.5
+        * torch.cos(
+            torch.outer(
+                W.new_tensor(range(1, size + 1)).square(), W.new_tensor(range(1, 33)).sqrt()
+            )
+        )
+        for size in W.shape
+    )
+    return torch.cat(
+        [(L.mT @ W @ R).flatten() / 32, W.norm()[None]]
+    )  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
 
 
 def state_dict(model):
@@ -508,17 +725,26 @@ def load_state_dict(model, state, *, check_base=True):
         ValueError: keys, shapes, orders or a base weight do not fit. The model is then as before.
     """
     mine = state_dict(model)
-    _require(mine and mine.keys() == state.keys(), "the adapter's layers are not the model's: "
-             f"missing {sorted(mine.keys() - state.keys()) or 'none'}, unexpected {sorted(state.keys() - mine.keys()) or 'none'}")
+    _require(
+        mine and mine.keys() == state.keys(),
+        "the adapter's layers are not the model's: "
+        f"missing {sorted(mine.keys() - state.keys()) or 'none'}, unexpected {sorted(state.keys() - mine.keys()) or 'none'}",
+    )
     for key, here in mine.items():
         there = state[key].to(here.device)
-        _require(here.shape == there.shape, f"{key}: the adapter has shape {tuple(there.shape)}, the model {tuple(here.shape)}")
+        _require(
+            here.shape == there.shape,
+            f"{key}: the adapter has shape {tuple(there.shape)}, the model {tuple(here.shape)}",
+        )
         if key.endswith("_order"):
             _permutation(there, len(here), key)
         elif key.endswith("base_sketch") and check_base:
             distance, norm = (here - there).norm(), here[-1]
-            _require(distance <= 0.004 * norm, f"{key.removesuffix('base_sketch')[:-1]}: the adapter was made for another base weight, "
-                     f"{distance / norm:.1%} away in Frobenius norm (0.4% is allowed); load that base, or pass check_base=False")
+            _require(
+                distance <= 0.004 * norm,
+                f"{key.removesuffix('base_sketch')[:-1]}: the adapter was made for another base weight, "
+                f"{distance / norm:.1%} away in Frobenius norm (0.4% is allowed); load that base, or pass check_base=False",
+            )
     unmerge(model)
     for key, here in mine.items():
         here.copy_(state[key])
@@ -527,7 +753,10 @@ def load_state_dict(model, state, *, check_base=True):
 def _config(model):
     """What builds the adapter's layers again, but for their orders: {name: options of SMoALinear}."""
     options = ("rank", "num_blocks", "alpha", "dropout", "branch_ranks", "modulate")
-    return {name: {option: getattr(layer, option) for option in options} for name, layer in adapters(model)}
+    return {
+        name: {option: getattr(layer, option) for option in options}
+        for name, layer in adapters(model)
+    }
 
 
 def save(model, path):
@@ -543,7 +772,9 @@ def save(model, path):
     buffer = io.BytesIO()
     torch.save({"config": _config(model), "state": state}, buffer)
     body = buffer.getvalue()
-    with tempfile.TemporaryDirectory(dir=pathlib.Path(path).parent) as folder:  # beside the file, where a rename is all or nothing
+    with tempfile.TemporaryDirectory(
+        dir=pathlib.Path(path).parent
+    ) as folder:  # beside the file, where a rename is all or nothing
         whole = pathlib.Path(folder, "adapter")
         whole.write_bytes(body + hashlib.sha256(body).digest())
         whole.replace(path)
@@ -555,7 +786,10 @@ def _read(path):
     body, digest = raw[:-32], raw[-32:]
     try:
         # A zip file begins with PK. weights_only is unsafe for the older formats, which do not.
-        _require(body.startswith(b"PK") and hashlib.sha256(body).digest() == digest, "its checksum does not match, or its format is another")
+        _require(
+            body.startswith(b"PK") and hashlib.sha256(body).digest() == digest,
+            "its checksum does not match, or its format is another",
+        )
         file = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         return file["config"], {key: tensor.cpu() for key, tensor in file["state"].items()}
     except Exception as error:
@@ -580,20 +814,37 @@ def load(model, path, *, check_base=True):
     if config == _config(model):
         load_state_dict(model, state, check_base=check_base)
     else:
-        bases = {name: module.base if isinstance(module, SMoALinear) else module for name, module in _unwrap(model).named_modules() if name}
-        _require(config.keys() <= bases.keys(), f"the adapter's layers {sorted(config.keys() - bases.keys())} are not in the model")
+        bases = {
+            name: module.base if isinstance(module, SMoALinear) else module
+            for name, module in _unwrap(model).named_modules()
+            if name
+        }
+        _require(
+            config.keys() <= bases.keys(),
+            f"the adapter's layers {sorted(config.keys() - bases.keys())} are not in the model",
+        )
         with disabled(model):  # unmerged for the time of the check
-            plan = {name: (bases[name], options | {"order": "natural"}) for name, options in config.items()}
+            plan = {
+                name: (bases[name], options | {"order": "natural"})
+                for name, options in config.items()
+            }
             _adapt(model, plan, state=state, check_base=check_base)
     return list(config)
 
 
 def _check_untied(model):
-    owners = [(p.data_ptr(), f"{name}.{key}") for name, module in _unwrap(model).named_modules() for key, p in module.named_parameters(recurse=False)]
+    owners = [
+        (p.data_ptr(), f"{name}.{key}")
+        for name, module in _unwrap(model).named_modules()
+        for key, p in module.named_parameters(recurse=False)
+    ]
     for name, layer in adapters(model):
         mine = layer.base.weight.data_ptr()
         shared = [owner for pointer, owner in owners if pointer == mine]
-        _require(len(shared) == 1, f"{name}: a merge would change {' and '.join(shared)}, which are one tensor: untie them first")
+        _require(
+            len(shared) == 1,
+            f"{name}: a merge would change {' and '.join(shared)}, which are one tensor: untie them first",
+        )
 
 
 def merge(model):

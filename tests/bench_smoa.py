@@ -35,7 +35,10 @@ class LoRA(nn.Module):
         super().__init__()
         m, n = base.weight.shape
         self.base = base.requires_grad_(False)
-        self.A, self.B = nn.Parameter(torch.randn(rank, n, device=base.weight.device) / n**0.5), nn.Parameter(torch.zeros(m, rank, device=base.weight.device))
+        self.A, self.B = (
+            nn.Parameter(torch.randn(rank, n, device=base.weight.device) / n**0.5),
+            nn.Parameter(torch.zeros(m, rank, device=base.weight.device)),
+        )
 
     def forward(self, x):
         return self.base(x) + F.linear(F.linear(x, self.A), self.B)
@@ -45,12 +48,17 @@ class Dense(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.inner = smoa.SMoALinear(base, RANK * BLOCKS, BLOCKS)
-        self.anchors = [base.weight[rows[:, None], cols].clone() for rows, cols in zip(self.inner.rows, self.inner.cols)]
+        self.anchors = [
+            base.weight[rows[:, None], cols].clone()
+            for rows, cols in zip(self.inner.rows, self.inner.cols)
+        ]
 
     def forward(self, x):
         layer = self.inner
         delta = torch.zeros_like(layer.base.weight)
-        for rows, cols, A_k, B_k, M_k in zip(layer.rows, layer.cols, layer.A, layer.B, self.anchors):
+        for rows, cols, A_k, B_k, M_k in zip(
+            layer.rows, layer.cols, layer.A, layer.B, self.anchors
+        ):
             delta[rows[:, None], cols] = layer.scale * (B_k @ A_k) * M_k
         return layer.base(x) + F.linear(x, delta)
 
@@ -76,7 +84,11 @@ def adapted(kind, config):
     model = GPT(config).to(DEVICE).requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS:
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], KINDS[kind](module))
+            setattr(
+                model.get_submodule(name.rpartition(".")[0]),
+                name.rpartition(".")[2],
+                KINDS[kind](module),
+            )
     model.embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return model
 
@@ -97,7 +109,10 @@ def medians(functions, repeats):
 def table(title, rows):
     print(f"\n{title}")
     columns = list(rows[0])
-    cells = [columns] + [[f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
+    cells = [columns] + [
+        [f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths)), flush=True)
@@ -105,21 +120,41 @@ def table(title, rows):
 
 
 def ratios(times, reference):
-    return {f"{name}/{reference}": times[name] / times[reference] for name in times if name != reference}
+    return {
+        f"{name}/{reference}": times[name] / times[reference] for name in times if name != reference
+    }
 
 
 def layers():
     """Forward and backward of one layer."""
     rows = []
-    for m, n, T in ((384, 128, 4096), (1536, 384, 4096), (768, 768, 4096), (3072, 768, 4096), (4096, 4096, 2048), (14336, 4096, 2048)):
+    for m, n, T in (
+        (384, 128, 4096),
+        (1536, 384, 4096),
+        (768, 768, 4096),
+        (3072, 768, 4096),
+        (4096, 4096, 2048),
+        (14336, 4096, 2048),
+    ):
         torch.manual_seed(0)
         base = nn.Linear(n, m, bias=False, device=DEVICE)
-        x, g = torch.randn(T, n, device=DEVICE, requires_grad=True), torch.randn(T, m, device=DEVICE)
+        x, g = (
+            torch.randn(T, n, device=DEVICE, requires_grad=True),
+            torch.randn(T, m, device=DEVICE),
+        )
         order = (torch.randperm(m), torch.randperm(n))
-        modules = {"frozen": base, "lora": LoRA(base), "smoa": smoa.SMoALinear(base, RANK * 4, 4, order=order), "smoa K=8": smoa.SMoALinear(base, RANK * 8, 8, order=order)}
+        modules = {
+            "frozen": base,
+            "lora": LoRA(base),
+            "smoa": smoa.SMoALinear(base, RANK * 4, 4, order=order),
+            "smoa K=8": smoa.SMoALinear(base, RANK * 8, 8, order=order),
+        }
         if m * n < 1e7:
             modules["dense"] = Dense(base)
-        times = medians({name: lambda module=module: module(x).backward(g) for name, module in modules.items()}, 15 if m * n < 1e7 else 3)
+        times = medians(
+            {name: lambda module=module: module(x).backward(g) for name, module in modules.items()},
+            15 if m * n < 1e7 else 3,
+        )
         r = ratios(times, "lora")
         rows.append({"out x in": f"{m} x {n}", "tokens": T, "lora ms": 1000 * times["lora"], "lora/frozen": times["lora"] / times["frozen"],
                      "smoa/lora": r["smoa/lora"], "smoa K=8/lora": r["smoa K=8/lora"], "dense/lora": r.get("dense/lora", "")})  # fmt: skip
@@ -147,7 +182,10 @@ def models():
 
             steps[kind] = step
         times = medians(steps, repeats)
-        generation = {kind: lambda model=adapted(kind, config).eval(): model.generate(idx[:1, :8], 30) for kind in ("frozen", "merged")}
+        generation = {
+            kind: lambda model=adapted(kind, config).eval(): model.generate(idx[:1, :8], 30)
+            for kind in ("frozen", "merged")
+        }
         speed = medians(generation, 7)
         rows.append({"preset": preset, "batch": f"{B} x {config.block_size}", "lora ms": 1000 * times["lora"], "lora/frozen": times["lora"] / times["frozen"],
                      "smoa/lora": times["smoa"] / times["lora"], "smoa/dense": times["smoa"] / times["dense"],
@@ -159,7 +197,10 @@ def setup():
     rows = []
     for size in (768, 2048, 4096):
         W = torch.randn(size, size, device=DEVICE)
-        functions = {"order": lambda: smoa.spectral_order(W), "svd float32": lambda: torch.linalg.svd(W, full_matrices=False)}
+        functions = {
+            "order": lambda: smoa.spectral_order(W),
+            "svd float32": lambda: torch.linalg.svd(W, full_matrices=False),
+        }
         if size < 4096:
             functions["svd float64"] = lambda: torch.linalg.svd(W.double(), full_matrices=False)
         times = {}
@@ -175,7 +216,10 @@ def setup():
 def peak(kind):
     """Peak memory, in bytes, of two training steps of a 12-layer, 768-wide GPT; to be called in a process of its own."""
     config = GPTConfig(vocab_size=89, block_size=256, n_layer=12, n_head=12, n_embd=768)
-    smoa.spectral_order = lambda W: (torch.randperm(W.shape[0]), torch.randperm(W.shape[1]))  # the step is measured, not the set-up
+    smoa.spectral_order = lambda W: (
+        torch.randperm(W.shape[0]),
+        torch.randperm(W.shape[1]),
+    )  # the step is measured, not the set-up
     model = adapted(kind, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3, fused=True) if trained else None
@@ -185,30 +229,60 @@ def peak(kind):
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        torch.cuda.max_memory_allocated()
+        if DEVICE == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
 
 
 def memory():
-    peaks = {kind: int(subprocess.run([sys.executable, __file__, "--peak", kind], capture_output=True, text=True, check=True).stdout) for kind in ("frozen", "lora", "smoa", "dense")}
-    row = {"lora MB": peaks["lora"] / 1e6, "lora/frozen": peaks["lora"] / peaks["frozen"], "smoa/lora": peaks["smoa"] / peaks["lora"], "dense/lora": peaks["dense"] / peaks["lora"]}
-    return table(f"Memory: peak {'allocated' if DEVICE == 'cuda' else 'of the process'}, training steps of 12 layers, 768 wide, 4 x 256 tokens", [row])
+    peaks = {
+        kind: int(
+            subprocess.run(
+                [sys.executable, __file__, "--peak", kind],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for kind in ("frozen", "lora", "smoa", "dense")
+    }
+    row = {
+        "lora MB": peaks["lora"] / 1e6,
+        "lora/frozen": peaks["lora"] / peaks["frozen"],
+        "smoa/lora": peaks["smoa"] / peaks["lora"],
+        "dense/lora": peaks["dense"] / peaks["lora"],
+    }
+    return table(
+        f"Memory: peak {'allocated' if DEVICE == 'cuda' else 'of the process'}, training steps of 12 layers, 768 wide, 4 x 256 tokens",
+        [row],
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the tables there as well")
     parser.add_argument("--peak", choices=list(KINDS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print(peak(args.peak))
         return
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if DEVICE == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     print(f"torch {torch.__version__}, {name}; medians of alternating runs")
     begin = time.time()
     tables = {"layers": layers(), "models": models(), "setup": setup(), "memory": memory()}
     print(f"\n{time.time() - begin:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps(dict(torch=torch.__version__, device=name, **tables), indent=2))
+        args.json.write_text(
+            json.dumps(dict(torch=torch.__version__, device=name, **tables), indent=2)
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ square = between(2, 12).map(lambda size: (size, size))
 odd = st.sampled_from([3, 5, 7, 11]).map(lambda size: (size, size))
 wide = st.tuples(between(2, 6), between(7, 12))
 tall = wide.map(lambda shape: shape[::-1])
-single_row_or_column = st.tuples(between(1, 12), st.booleans()).map(lambda drawn: (drawn[0], 1) if drawn[1] else (1, drawn[0]))
+single_row_or_column = st.tuples(between(1, 12), st.booleans()).map(
+    lambda drawn: (drawn[0], 1) if drawn[1] else (1, drawn[0])
+)
 shapes = st.one_of(square, odd, wide, tall, single_row_or_column)
 shapes_of_two_or_more = st.one_of(square, odd, wide, tall)
 
@@ -61,7 +63,9 @@ def zero(m, n, seed):
 
 def with_spectrum(m, n, s, seed):
     """U, V with orthonormal columns and U diag(s) V^T, (m, n), for q = min(m, n) singular values s."""
-    U, V = (torch.linalg.qr(normal(size, len(s), seed=seed + i))[0] for i, size in enumerate((m, n)))
+    U, V = (
+        torch.linalg.qr(normal(size, len(s), seed=seed + i))[0] for i, size in enumerate((m, n))
+    )
     return U, V, U * torch.as_tensor(s, dtype=torch.float64) @ V.mT
 
 
@@ -95,7 +99,9 @@ class LinearWithItsOwnForward(nn.Linear):
 def options(draw, m, n, **fixed):
     """Keyword arguments of SMoALinear: r below, at and past K, given branch ranks or not, each kind of order."""
     K = fixed.get("num_blocks") or draw(between(1, min(m, n)))
-    drawn = dict(num_blocks=K, modulate=draw(st.booleans()), alpha=draw(st.sampled_from([None, 0.25, 16])))
+    drawn = dict(
+        num_blocks=K, modulate=draw(st.booleans()), alpha=draw(st.sampled_from([None, 0.25, 16]))
+    )
     if draw(st.booleans()):
         branch_ranks = draw(st.lists(between(0, 3), min_size=K, max_size=K).filter(any))
         drawn.update(branch_ranks=branch_ranks, rank=sum(branch_ranks))
@@ -122,7 +128,15 @@ def fill(model, seed=0):
 
 
 @st.composite
-def layers(draw, shapes=shapes, kinds=KINDS, dtypes=FLOATS, base_classes=(nn.Linear, LinearWithItsOwnForward), trained=True, **fixed):
+def layers(
+    draw,
+    shapes=shapes,
+    kinds=KINDS,
+    dtypes=FLOATS,
+    base_classes=(nn.Linear, LinearWithItsOwnForward),
+    trained=True,
+    **fixed,
+):
     """A SMoALinear, trained or fresh, and its W0, in a copy that nothing can touch."""
     W0 = draw(weights(shapes, kinds, dtypes))
     base = linear(W0, draw(st.booleans()), draw(st.sampled_from(list(base_classes))))
@@ -137,7 +151,11 @@ def layers(draw, shapes=shapes, kinds=KINDS, dtypes=FLOATS, base_classes=(nn.Lin
 class Net(nn.Module):
     def __init__(self, width=8, seed=0, dtype=torch.float32):
         super().__init__()
-        self.first, self.second, self.head = nn.Linear(6, width), nn.Linear(width, 5, bias=False), nn.Linear(5, 3)
+        self.first, self.second, self.head = (
+            nn.Linear(6, width),
+            nn.Linear(width, 5, bias=False),
+            nn.Linear(5, 3),
+        )
         for i, p in enumerate(self.parameters()):
             p.data.copy_(normal(*p.shape, seed=seed + i))
         self.to(dtype)
@@ -146,7 +164,9 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
-def adapted(targets=("first", "second"), seed=0, width=8, dtype=torch.float32, fill_seed=0, **layer_options):
+def adapted(
+    targets=("first", "second"), seed=0, width=8, dtype=torch.float32, fill_seed=0, **layer_options
+):
     model = Net(width, seed, dtype)
     smoa.inject(model, list(targets), **(dict(rank=4, num_blocks=2) | layer_options))
     return fill(model, fill_seed)
@@ -154,14 +174,26 @@ def adapted(targets=("first", "second"), seed=0, width=8, dtype=torch.float32, f
 
 def bits(tensor):
     """The bytes of a tensor, so that -0.0 differs from 0.0 and NaN equals itself."""
-    return (tensor.dtype, tuple(tensor.shape), None if tensor.is_meta else tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        None
+        if tensor.is_meta
+        else tensor.detach().contiguous().view(torch.uint8).numpy().tobytes(),
+    )
 
 
 def snapshot(model):
     """All that a refused call must leave alone: values, what is frozen, which module hangs where, modes."""
-    tensors = {name: bits(t.view(1) if t.ndim == 0 else t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = {
+        name: bits(t.view(1) if t.ndim == 0 else t)
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+    }
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    modules = {name: (id(module), type(module), module.training) for name, module in model.named_modules(remove_duplicate=False)}
+    modules = {
+        name: (id(module), type(module), module.training)
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
     merged = {name: layer.merged for name, layer in smoa.adapters(model)}
     return tensors, frozen, modules, merged
 

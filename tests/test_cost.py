@@ -23,7 +23,9 @@ def layer(**options):
 def test_forward_multiplies_the_input_once_as_the_base_does():
     adapted, x = layer(), torch.randn(T, n)
     build = 2 * m * n * r  # B A, which no token pays for
-    assert flops(lambda: adapted(x)) == flops(lambda: adapted.base(x)) + build == 2 * T * m * n + build
+    assert (
+        flops(lambda: adapted(x)) == flops(lambda: adapted.base(x)) + build == 2 * T * m * n + build
+    )
 
 
 def test_merged_forward_is_the_base_forward():
@@ -39,14 +41,18 @@ def test_lean_backward_forms_one_kth_of_the_weight_gradient(lean, monkeypatch):
     y = adapted(x)
     input_gradient = 2 * T * m * n
     weight_gradient = 2 * T * m * n // (K if lean else 1)
-    small = flops(lambda: y.sum().backward()) - input_gradient - weight_gradient  # products with the factors, which no token pays for
+    small = (
+        flops(lambda: y.sum().backward()) - input_gradient - weight_gradient
+    )  # products with the factors, which no token pays for
     assert 0 < small <= 2 * (2 * m * n * r)
 
 
 def test_layer_keeps_factors_and_orders_and_nothing_of_the_size_of_the_weight():
     adapted = layer()
     adapted(torch.randn(T, n)).sum().backward()
-    kept = sum(t.numel() for t in [*adapted.parameters(), *adapted.buffers()]) - sum(p.numel() for p in adapted.base.parameters())
+    kept = sum(t.numel() for t in [*adapted.parameters(), *adapted.buffers()]) - sum(
+        p.numel() for p in adapted.base.parameters()
+    )
     assert kept == smoa.count_parameters(m, n, r, K) + m + n
 
 

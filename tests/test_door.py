@@ -29,13 +29,37 @@ BAD_OPTIONS = {
     "a fraction for a rank": (dict(rank=2.5), "2.5", "rank must be a whole number of at least 1"),
     "a text for a rank": (dict(rank="8"), "'8'", "rank must be a whole number of at least 1"),
     "no blocks": (dict(num_blocks=0), "0", "num_blocks must be a whole number of at least 1"),
-    "blocks below 0": (dict(num_blocks=-1), "-1", "num_blocks must be a whole number of at least 1"),
+    "blocks below 0": (
+        dict(num_blocks=-1),
+        "-1",
+        "num_blocks must be a whole number of at least 1",
+    ),
     "more blocks than rows": (dict(num_blocks=6), "num_blocks=6", "at most 5"),
-    "too few branch ranks": (dict(rank=4, num_blocks=2, branch_ranks=[4]), "[4]", "2 whole numbers"),
-    "too many branch ranks": (dict(rank=4, num_blocks=2, branch_ranks=[2, 1, 1]), "[2, 1, 1]", "2 whole numbers"),
-    "branch ranks of another sum": (dict(rank=4, num_blocks=2, branch_ranks=[2, 1]), "[2, 1]", "sum to rank=4"),
-    "a branch rank below 0": (dict(rank=4, num_blocks=2, branch_ranks=[5, -1]), "[5, -1]", "at least 0"),
-    "a fraction for a branch rank": (dict(rank=4, num_blocks=2, branch_ranks=[2.0, 2.0]), "[2.0, 2.0]", "whole numbers"),
+    "too few branch ranks": (
+        dict(rank=4, num_blocks=2, branch_ranks=[4]),
+        "[4]",
+        "2 whole numbers",
+    ),
+    "too many branch ranks": (
+        dict(rank=4, num_blocks=2, branch_ranks=[2, 1, 1]),
+        "[2, 1, 1]",
+        "2 whole numbers",
+    ),
+    "branch ranks of another sum": (
+        dict(rank=4, num_blocks=2, branch_ranks=[2, 1]),
+        "[2, 1]",
+        "sum to rank=4",
+    ),
+    "a branch rank below 0": (
+        dict(rank=4, num_blocks=2, branch_ranks=[5, -1]),
+        "[5, -1]",
+        "at least 0",
+    ),
+    "a fraction for a branch rank": (
+        dict(rank=4, num_blocks=2, branch_ranks=[2.0, 2.0]),
+        "[2.0, 2.0]",
+        "whole numbers",
+    ),
     "alpha 0": (dict(alpha=0), "0", "alpha must be positive"),
     "negative alpha": (dict(alpha=-8), "-8", "alpha must be positive"),
     "infinite alpha": (dict(alpha=math.inf), "inf", "finite"),
@@ -45,12 +69,36 @@ BAD_OPTIONS = {
     "dropout nan": (dict(dropout=math.nan), "nan", "dropout must be in [0, 1)"),
     "an unknown order": (dict(order="random"), "random", '"spectral", "natural"'),
     "a number for an order": (dict(order=3), "3", "permutation"),
-    "one order for two": (dict(order=([0, 1, 2, 3, 4],)), "[0, 1, 2, 3, 4]", "a pair of permutations"),
-    "an order that repeats": (dict(order=([0, 1, 2, 3, 3], range(8))), "[0, 1, 2, 3, 3]", "permutation of 0..4"),
-    "an order that is too short": (dict(order=(range(5), range(7))), "[0, 1, 2, 3, 4, 5, 6]", "0..7"),
-    "a row order past the end": (dict(order=([1, 2, 3, 4, 5], range(8))), "[1, 2, 3, 4, 5]", "permutation of 0..4"),
-    "an order in two dimensions": (dict(order=(torch.arange(5)[None], range(8))), "[[0, 1, 2, 3, 4]]", "permutation of 0..4"),
-    "an order of floats": (dict(order=(torch.arange(5.0), range(8))), "[0., 1., 2., 3., 4.]", "permutation of 0..4"),
+    "one order for two": (
+        dict(order=([0, 1, 2, 3, 4],)),
+        "[0, 1, 2, 3, 4]",
+        "a pair of permutations",
+    ),
+    "an order that repeats": (
+        dict(order=([0, 1, 2, 3, 3], range(8))),
+        "[0, 1, 2, 3, 3]",
+        "permutation of 0..4",
+    ),
+    "an order that is too short": (
+        dict(order=(range(5), range(7))),
+        "[0, 1, 2, 3, 4, 5, 6]",
+        "0..7",
+    ),
+    "a row order past the end": (
+        dict(order=([1, 2, 3, 4, 5], range(8))),
+        "[1, 2, 3, 4, 5]",
+        "permutation of 0..4",
+    ),
+    "an order in two dimensions": (
+        dict(order=(torch.arange(5)[None], range(8))),
+        "[[0, 1, 2, 3, 4]]",
+        "permutation of 0..4",
+    ),
+    "an order of floats": (
+        dict(order=(torch.arange(5.0), range(8))),
+        "[0., 1., 2., 3., 4.]",
+        "permutation of 0..4",
+    ),
 }
 
 
@@ -58,19 +106,31 @@ BAD_OPTIONS = {
 def test_bad_option_is_refused(bad, came, right):
     model = Net()
     refuse(ValueError, [came, right], lambda: smoa.SMoALinear(model.second, **bad), model)
-    refuse(ValueError, ["second", came, right], lambda: smoa.inject(model, ["second"], **bad), model)
+    refuse(
+        ValueError, ["second", came, right], lambda: smoa.inject(model, ["second"], **bad), model
+    )
 
 
 @pytest.mark.parametrize("bad, came, right", [BAD_OPTIONS["more blocks than rows"]])
 def test_a_bad_last_layer_undoes_the_good_ones_before_it(bad, came, right):
     model = Net()  # first (8, 6) has room for 6 blocks, second (5, 8) has not
     model.first.bias.requires_grad_(False)
-    refuse(ValueError, ["second", came, right], lambda: smoa.inject(model, ["first", "second"], **bad), model)
+    refuse(
+        ValueError,
+        ["second", came, right],
+        lambda: smoa.inject(model, ["first", "second"], **bad),
+        model,
+    )
 
 
 def test_an_unknown_option_is_refused():
     model = Net()
-    refuse(TypeError, ["unexpected keyword", "rnk"], lambda: smoa.inject(model, ["first", "second"], rnk=8), model)
+    refuse(
+        TypeError,
+        ["unexpected keyword", "rnk"],
+        lambda: smoa.inject(model, ["first", "second"], rnk=8),
+        model,
+    )
 
 
 @pytest.mark.parametrize("count", [smoa.count_parameters, smoa.rank_bound])
@@ -104,12 +164,22 @@ def with_entry(value):
 BAD_WEIGHTS = {
     "integers": (torch.ones(5, 8, dtype=torch.int8), TypeError, "torch.int8", "2-D floating"),
     "booleans": (torch.ones(5, 8, dtype=torch.bool), TypeError, "torch.bool", "2-D floating"),
-    "complex": (torch.ones(5, 8, dtype=torch.complex64), TypeError, "torch.complex64", "2-D floating"),
+    "complex": (
+        torch.ones(5, 8, dtype=torch.complex64),
+        TypeError,
+        "torch.complex64",
+        "2-D floating",
+    ),
     "one dimension": (torch.ones(8), TypeError, "(8,)", "2-D floating"),
     "three dimensions": (torch.ones(5, 8, 1), TypeError, "(5, 8, 1)", "2-D floating"),
     "nan": (with_entry(math.nan), ValueError, "NaN or infinity", "finite"),
     "infinity": (with_entry(-math.inf), ValueError, "NaN or infinity", "finite"),
-    "meta": (torch.ones(5, 8, device="meta"), ValueError, "meta device", "load or initialise the model first"),
+    "meta": (
+        torch.ones(5, 8, device="meta"),
+        ValueError,
+        "meta device",
+        "load or initialise the model first",
+    ),
 }
 
 
@@ -118,8 +188,15 @@ BAD_WEIGHTS = {
 def test_bad_weight_is_refused(W, error, came, right, num_blocks):
     model = Net()
     model.second.weight = nn.Parameter(W, requires_grad=False)
-    refuse(error, [came, right], lambda: smoa.SMoALinear(model.second, num_blocks=num_blocks), model)
-    refuse(error, ["second", came, right], lambda: smoa.inject(model, ["first", "second"], num_blocks=num_blocks), model)
+    refuse(
+        error, [came, right], lambda: smoa.SMoALinear(model.second, num_blocks=num_blocks), model
+    )
+    refuse(
+        error,
+        ["second", came, right],
+        lambda: smoa.inject(model, ["first", "second"], num_blocks=num_blocks),
+        model,
+    )
     refuse(error, [came, right], lambda: smoa.spectral_order(W), model)
 
 
@@ -132,7 +209,12 @@ def test_no_tensor_has_no_order(W):
 def test_a_parametrized_weight_is_refused():
     model = Net()
     nn.utils.parametrizations.weight_norm(model.second)
-    refuse(TypeError, ["second", "parametrization", "remove"], lambda: smoa.inject(model, ["second"]), model)
+    refuse(
+        TypeError,
+        ["second", "parametrization", "remove"],
+        lambda: smoa.inject(model, ["second"]),
+        model,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +232,9 @@ NO_LINEAR_LAYERS = {
     "Conv2d": nn.Conv2d(5, 8, 3),
     "Bilinear": nn.Bilinear(5, 8, 4),
     "GRU": nn.GRU(5, 8),
-    "a weight of (in, out) that is no Conv1D": nn.ParameterDict({"weight": torch.ones(5, 8), "bias": torch.ones(8)}),
+    "a weight of (in, out) that is no Conv1D": nn.ParameterDict(
+        {"weight": torch.ones(5, 8), "bias": torch.ones(8)}
+    ),
 }
 
 
@@ -158,22 +242,42 @@ NO_LINEAR_LAYERS = {
 def test_a_module_that_is_no_linear_layer_is_refused(module):
     model = Net()
     model.extra = copy.deepcopy(module)
-    refuse(TypeError, ["extra", "linear layer"], lambda: smoa.inject(model, ["first", "extra"], rank=2), model)
+    refuse(
+        TypeError,
+        ["extra", "linear layer"],
+        lambda: smoa.inject(model, ["first", "extra"], rank=2),
+        model,
+    )
     refuse(TypeError, ["linear layer"], lambda: smoa.SMoALinear(model.extra, rank=2), model)
 
 
-@pytest.mark.parametrize("thing", [None, torch.ones(5, 8), "second"], ids=["None", "a tensor", "a name"])
+@pytest.mark.parametrize(
+    "thing", [None, torch.ones(5, 8), "second"], ids=["None", "a tensor", "a name"]
+)
 def test_a_thing_that_is_no_module_is_refused(thing):
     with pytest.raises(TypeError, match=f"{type(thing).__name__} is no linear layer"):
         smoa.SMoALinear(thing)
 
 
 @pytest.mark.parametrize(
-    "targets, came", [(["q_proj"], "q_proj"), (["first", "irst"], "irst"), (["f.rst"], "f.rst"), ("fir", "fir"), ("second.*weight", "second.*weight"), ("", "''")]
+    "targets, came",
+    [
+        (["q_proj"], "q_proj"),
+        (["first", "irst"], "irst"),
+        (["f.rst"], "f.rst"),
+        ("fir", "fir"),
+        ("second.*weight", "second.*weight"),
+        ("", "''"),
+    ],
 )
 def test_a_target_that_matches_nothing_is_refused(targets, came):
     model = Net()
-    refuse(ValueError, [came, "matches no module", "first, head, second"], lambda: smoa.inject(model, targets), model)
+    refuse(
+        ValueError,
+        [came, "matches no module", "first, head, second"],
+        lambda: smoa.inject(model, targets),
+        model,
+    )
 
 
 def test_the_names_that_could_be_meant_are_those_of_adapted_layers_too():
@@ -190,8 +294,18 @@ def test_no_targets_are_refused():
 
 def test_adapting_twice_is_refused():
     model = adapted(["first"])
-    refuse(ValueError, ["first", "adapted already", "unload"], lambda: smoa.inject(model, ["second", "first"]), model)
-    refuse(ValueError, ["first.base", "matches no module", "first, head, second"], lambda: smoa.inject(model, ["second", "first.base"]), model)
+    refuse(
+        ValueError,
+        ["first", "adapted already", "unload"],
+        lambda: smoa.inject(model, ["second", "first"]),
+        model,
+    )
+    refuse(
+        ValueError,
+        ["first.base", "matches no module", "first, head, second"],
+        lambda: smoa.inject(model, ["second", "first.base"]),
+        model,
+    )
     refuse(ValueError, ["adapted already", "unload"], lambda: smoa.SMoALinear(model.first), model)
 
 
@@ -201,13 +315,23 @@ def test_a_progress_function_that_raises_leaves_the_model_as_it_was():
     def interrupt(done, total, name):
         raise KeyboardInterrupt(name)
 
-    refuse(KeyboardInterrupt, ["first"], lambda: smoa.inject(model, ["first", "second"], progress=interrupt), model)
+    refuse(
+        KeyboardInterrupt,
+        ["first"],
+        lambda: smoa.inject(model, ["first", "second"], progress=interrupt),
+        model,
+    )
 
 
 def test_dropout_where_a_parent_reads_the_weight_past_forward_is_refused():
     model = nn.TransformerEncoderLayer(8, 2, 16)
     words = ["out_proj", "MultiheadAttention", "dropout=0"]
-    refuse(ValueError, words, lambda: smoa.inject(model, ["linear1", "out_proj"], rank=2, dropout=0.1), model)
+    refuse(
+        ValueError,
+        words,
+        lambda: smoa.inject(model, ["linear1", "out_proj"], rank=2, dropout=0.1),
+        model,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +339,9 @@ def test_dropout_where_a_parent_reads_the_weight_past_forward_is_refused():
 
 
 def tied(dtype=torch.float32):
-    model = nn.ModuleDict({"embed": nn.Embedding(5, 8), "body": nn.Linear(8, 8), "head": nn.Linear(8, 5, bias=False)}).to(dtype)
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(5, 8), "body": nn.Linear(8, 8), "head": nn.Linear(8, 5, bias=False)}
+    ).to(dtype)
     model["head"].weight = model["embed"].weight
     return model
 
@@ -233,7 +359,12 @@ def test_a_merge_into_a_weight_of_two_adapted_layers_is_refused():
     model = nn.ModuleDict({"up": nn.Linear(6, 6), "down": nn.Linear(6, 6)})
     model["down"].weight = model["up"].weight
     smoa.inject(model, ["up", "down"], rank=2)
-    refuse(ValueError, ["up.base.weight", "down.base.weight", "untie"], lambda: smoa.merge(model), model)
+    refuse(
+        ValueError,
+        ["up.base.weight", "down.base.weight", "untie"],
+        lambda: smoa.merge(model),
+        model,
+    )
 
 
 def test_tied_embeddings_can_be_adapted_without_a_merge():
@@ -261,12 +392,20 @@ def test_a_base_is_kept_and_never_copied():
     layer = smoa.SMoALinear(base, rank=2)
     layer.merge()
     layer.unmerge()
-    assert layer.base is base and base.weight is weight and layer.bias is bias and not weight.requires_grad and not bias.requires_grad
+    assert (
+        layer.base is base
+        and base.weight is weight
+        and layer.bias is bias
+        and not weight.requires_grad
+        and not bias.requires_grad
+    )
 
 
 @pytest.mark.parametrize("limit", [0, 2**20], ids=["lean", "plain"])
 @pytest.mark.parametrize("layer_options", [{}, {"modulate": False}, {"dropout": 0.1}], ids=repr)
-def test_an_input_of_another_dtype_is_refused_as_the_base_refuses_it(monkeypatch, limit, layer_options):
+def test_an_input_of_another_dtype_is_refused_as_the_base_refuses_it(
+    monkeypatch, limit, layer_options
+):
     monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
     layer = fill(smoa.SMoALinear(nn.Linear(8, 5, bias=False), rank=2, **layer_options))
     for dtype in (torch.float64, torch.bfloat16):

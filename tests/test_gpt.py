@@ -38,7 +38,9 @@ def test_a_later_token_never_changes_an_earlier_logit(model, t, seed):
     changed = idx.clone()
     changed[:, t:] = (changed[:, t:] + 1) % 11
     here, there = model(idx)[0], model(changed)[0]
-    torch.testing.assert_close(here[:, :t], there[:, :t], rtol=0, atol=1e-5)  # float32, logits of order 10
+    torch.testing.assert_close(
+        here[:, :t], there[:, :t], rtol=0, atol=1e-5
+    )  # float32, logits of order 10
     assert not torch.allclose(here[:, t], there[:, t], atol=1e-2)
 
 
@@ -59,7 +61,10 @@ def test_attention_sees_how_far_away_a_token_is_and_not_where_both_are(model):
     attention = model.blocks[0].attn
 
     def score(i, j):
-        turned = [rotate(t, attention.cos[at : at + 1], attention.sin[at : at + 1]) for t, at in ((q, i), (k, j))]
+        turned = [
+            rotate(t, attention.cos[at : at + 1], attention.sin[at : at + 1])
+            for t, at in ((q, i), (k, j))
+        ]
         return (turned[0] * turned[1]).sum(-1)
 
     torch.testing.assert_close(score(5, 3), score(9, 7))
@@ -69,7 +74,11 @@ def test_attention_sees_how_far_away_a_token_is_and_not_where_both_are(model):
 @given(seeds, st.data())
 def test_loss_is_the_mean_cross_entropy_of_the_targets_that_are_given(model, seed, data):
     idx, targets = tokens(2, 9, seed=seed), tokens(2, 9, seed=seed + 1)
-    ignored = torch.tensor(data.draw(st.lists(st.booleans(), min_size=18, max_size=18).filter(lambda drawn: not all(drawn)))).view(2, 9)
+    ignored = torch.tensor(
+        data.draw(
+            st.lists(st.booleans(), min_size=18, max_size=18).filter(lambda drawn: not all(drawn))
+        )
+    ).view(2, 9)
     logits, loss = model(idx, targets.masked_fill(ignored, -1))
     losses = -F.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(loss, losses[~ignored].mean())
@@ -87,8 +96,12 @@ def test_channels_that_do_not_split_into_pairs_a_head_are_refused():
 
 def test_parameters_are_as_many_as_the_formula_says(model):
     V, L, C = CONFIG.vocab_size, CONFIG.n_layer, CONFIG.n_embd
-    block = 3 * C * C + C * C + 4 * C * C + 4 * C * C + 4 * C  # qkv, proj, fc, proj; two norms and two shifts
-    assert sum(p.numel() for p in model.parameters()) == V * C + L * block + C  # embedding and head are one
+    block = (
+        3 * C * C + C * C + 4 * C * C + 4 * C * C + 4 * C
+    )  # qkv, proj, fc, proj; two norms and two shifts
+    assert (
+        sum(p.numel() for p in model.parameters()) == V * C + L * block + C
+    )  # embedding and head are one
 
 
 def test_embedding_and_head_are_tied(model):
@@ -100,13 +113,17 @@ def test_top_k_samples_among_the_k_likeliest(model, k, seed):
     idx = tokens(2, 5, seed=seed)
     out = model.generate(idx, 1, top_k=k, temperature=5.0, generator=generator(seed))
     likeliest = model(idx)[0][:, -1].topk(k).indices
-    assert torch.equal(out[:, :5], idx) and all(token in row for token, row in zip(out[:, 5], likeliest))
+    assert torch.equal(out[:, :5], idx) and all(
+        token in row for token, row in zip(out[:, 5], likeliest)
+    )
 
 
 def test_top_k_samples_each_of_the_k(model):
     idx = tokens(1, 5).expand(400, -1)
     logits = model(idx[:1])[0][0, -1].detach()
-    out = model.generate(idx, 1, top_k=3, temperature=float(logits.std()) * 10, generator=generator(0))
+    out = model.generate(
+        idx, 1, top_k=3, temperature=float(logits.std()) * 10, generator=generator(0)
+    )
     assert set(out[:, -1].tolist()) == set(logits.topk(3).indices.tolist())
 
 
@@ -123,30 +140,46 @@ def test_temperature_divides_the_logits(model):
     out = model.generate(idx, 1, temperature=3.0, generator=generator(0))
     expected = F.softmax(model(idx[:1])[0][0, -1] / 3.0, -1)
     shares = out[:, -1].bincount(minlength=11) / 20000
-    assert (shares - expected).abs().max() < 0.02  # five standard deviations of a share of 20,000 draws
+    assert (
+        shares - expected
+    ).abs().max() < 0.02  # five standard deviations of a share of 20,000 draws
 
 
 @given(seeds)
 def test_the_same_generator_gives_the_same_text(model, seed):
-    texts = [model.generate(tokens(2, 3), 8, generator=generator(s)) for s in (seed, seed, seed + 1)]
+    texts = [
+        model.generate(tokens(2, 3), 8, generator=generator(s)) for s in (seed, seed, seed + 1)
+    ]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
 def test_generate_goes_past_the_block_size_and_reads_the_last_tokens(model):
     idx = tokens(1, 20)
     out = model.generate(idx, 3, temperature=0)
-    assert out.shape == (1, 23) and torch.equal(out, torch.cat((idx[:, :8], model.generate(idx[:, 8:], 3, temperature=0)), dim=1))
+    assert out.shape == (1, 23) and torch.equal(
+        out, torch.cat((idx[:, :8], model.generate(idx[:, 8:], 3, temperature=0)), dim=1)
+    )
 
 
 def test_generate_leaves_the_mode_as_it_was(model):
     torch.manual_seed(0)
-    dropped = GPT(GPTConfig(vocab_size=11, block_size=12, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+    dropped = GPT(
+        GPTConfig(vocab_size=11, block_size=12, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
+    )
     for training in (True, False):
         texts = [dropped.train(training).generate(tokens(1, 3), 8, temperature=0) for _ in range(3)]
-        assert dropped.training == training and torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+        assert (
+            dropped.training == training
+            and torch.equal(texts[0], texts[1])
+            and torch.equal(texts[0], texts[2])
+        )
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_k=0), dict(idx=torch.empty(1, 0, dtype=torch.int64))], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [dict(temperature=-1), dict(top_k=0), dict(idx=torch.empty(1, 0, dtype=torch.int64))],
+    ids=str,
+)
 def test_generate_refuses_what_it_cannot_sample(model, bad):
     with pytest.raises(ValueError, match="temperature >= 0, top_k >= 1 and at least one token"):
         model.generate(**(dict(idx=tokens(1, 3), max_new_tokens=1) | bad))
@@ -154,7 +187,9 @@ def test_generate_refuses_what_it_cannot_sample(model, bad):
 
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
-    dropped = GPT(GPTConfig(vocab_size=11, block_size=12, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+    dropped = GPT(
+        GPTConfig(vocab_size=11, block_size=12, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
+    )
     idx = tokens(1, 5)
     assert not torch.equal(dropped(idx)[0], dropped(idx)[0])
     dropped.eval()
@@ -172,7 +207,9 @@ def test_smoa_reaches_the_gpt_by_inject_alone():
     torch.manual_seed(0)
     adapted, idx = GPT(CONFIG).eval(), tokens(2, 12)
     before = adapted(idx)[0]
-    assert len(smoa.inject(adapted, ["qkv", "proj", "fc"], rank=4, num_blocks=2)) == 4 * CONFIG.n_layer
+    assert (
+        len(smoa.inject(adapted, ["qkv", "proj", "fc"], rank=4, num_blocks=2)) == 4 * CONFIG.n_layer
+    )
     assert torch.equal(adapted(idx)[0], before)
     changed = fill(adapted)(idx)[0]
     smoa.merge(adapted)

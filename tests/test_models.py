@@ -13,7 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from strategies import HALVES, Net, adapted, bits, fill, generic, layers, linear, normal, seeds, to_numpy
+from strategies import (
+    HALVES,
+    Net,
+    adapted,
+    bits,
+    fill,
+    generic,
+    layers,
+    linear,
+    normal,
+    seeds,
+    to_numpy,
+)
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -48,10 +60,16 @@ def run_alone(folder, script, *args):
     shutil.copy(smoa.__file__, folder / "smoa.py")
     (folder / "script.py").write_text(textwrap.dedent(script))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # the processes meet on 127.0.0.1
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # the processes meet on 127.0.0.1
     command = [sys.executable, "-W", "error::UserWarning:smoa", "script.py"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    running = [subprocess.Popen([*command, *map(str, arg)], cwd=folder, env=environment, **pipes) for arg in args]
+    running = [
+        subprocess.Popen([*command, *map(str, arg)], cwd=folder, env=environment, **pipes)
+        for arg in args
+    ]
     try:
         outputs = [process.communicate(timeout=120)[0] for process in running]
     finally:
@@ -108,7 +126,9 @@ def test_smoa_alone_in_an_empty_folder_lives_a_whole_life(tmp_path):
 
 def test_smoa_imports_torch_and_the_standard_library_only():
     lines = Path(smoa.__file__).read_text().splitlines()
-    imports = {line.split()[1].partition(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    imports = {
+        line.split()[1].partition(".")[0] for line in lines if line.startswith(("import ", "from "))
+    }
     assert "torch" in imports and imports - {"torch"} <= sys.stdlib_module_names
 
 
@@ -139,12 +159,18 @@ def folded(model):
 
 @pytest.mark.parametrize("layer_options", BUDGETS.values(), ids=BUDGETS)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("watched", [True, False])  # by autograd; in eval, without it, the fast path runs
+@pytest.mark.parametrize(
+    "watched", [True, False]
+)  # by autograd; in eval, without it, the fast path runs
 @pytest.mark.parametrize("merged", [True, False])
 def test_transformer_encoder_layer_applies_every_update(training, watched, merged, layer_options):
     model = transformer().train(training)
     before = model(SEQUENCE)
-    assert smoa.inject(model, TRANSFORMER, **layer_options) == ["self_attn.out_proj", "linear1", "linear2"]
+    assert smoa.inject(model, TRANSFORMER, **layer_options) == [
+        "self_attn.out_proj",
+        "linear1",
+        "linear2",
+    ]
     # In eval, the factors want a gradient, so that PyTorch leaves its fast path, which rounds otherwise.
     torch.testing.assert_close(model(SEQUENCE), before, rtol=0, atol=0 if training else 1e-5)
     expected = folded(fill(model))(SEQUENCE)
@@ -152,7 +178,9 @@ def test_transformer_encoder_layer_applies_every_update(training, watched, merge
     if merged:
         smoa.merge(model)
     with torch.set_grad_enabled(watched):
-        torch.testing.assert_close(model(SEQUENCE), expected, rtol=1e-4, atol=1e-5)  # float32, the fast path has its own kernels
+        torch.testing.assert_close(
+            model(SEQUENCE), expected, rtol=1e-4, atol=1e-5
+        )  # float32, the fast path has its own kernels
     smoa.unload(model)
     assert torch.equal(model(SEQUENCE), before)
 
@@ -166,7 +194,9 @@ def test_fast_path_of_a_transformer_encoder_runs_with_adapters_in_it():
     with torch.no_grad():
         torch.testing.assert_close(model(SEQUENCE), slow, rtol=1e-4, atol=1e-5)
         fast = model(SEQUENCE, src_key_padding_mask=mask)
-    torch.testing.assert_close(fast[~mask], model(SEQUENCE, src_key_padding_mask=mask)[~mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        fast[~mask], model(SEQUENCE, src_key_padding_mask=mask)[~mask], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("target", TRANSFORMER)
@@ -216,7 +246,10 @@ class Conv1D(nn.Module):
 
     def __init__(self, nf, nx):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) * 0.5), nn.Parameter(torch.randn(nf))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(nx, nf) * 0.5),
+            nn.Parameter(torch.randn(nf)),
+        )
 
     def forward(self, x):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
@@ -238,7 +271,9 @@ def test_conv1d_is_adapted_as_the_linear_layer_that_it_is(layer_options):
     outputs = [layer(x_) for layer, x_ in zip((conv, twin), x)]
     for y in outputs:
         y.square().sum().backward()
-    assert torch.equal(conv.row_order, twin.row_order) and torch.equal(conv.col_order, twin.col_order)
+    assert torch.equal(conv.row_order, twin.row_order) and torch.equal(
+        conv.col_order, twin.col_order
+    )
     assert (conv.out_features, conv.in_features) == (5, 8) and conv.weight.shape == (8, 5)
     torch.testing.assert_close(outputs[0], outputs[1])
     torch.testing.assert_close(x[0].grad, x[1].grad)
@@ -290,7 +325,9 @@ def test_conv1d_model_starts_as_it_was_and_comes_back_plain(tmp_path):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_model_learns_in_float32_factors(base_dtype, autocast, layer_options):
     model = adapted(dtype=base_dtype, **layer_options)
-    exact = adapted(dtype=base_dtype, **layer_options).double()  # the same values, with room to compute
+    exact = adapted(
+        dtype=base_dtype, **layer_options
+    ).double()  # the same values, with room to compute
     x = X.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = model(X if autocast or base_dtype == torch.float32 else x)
@@ -302,9 +339,15 @@ def test_half_precision_model_learns_in_float32_factors(base_dtype, autocast, la
     # Two hidden layers, each rounded and then amplified by a slope of a few; the gradients are compared by their direction.
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=20 * eps)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert {p.grad.dtype for p in trained.values()} == {p.dtype for p in trained.values()} == {torch.float32}
+    assert (
+        {p.grad.dtype for p in trained.values()}
+        == {p.dtype for p in trained.values()}
+        == {torch.float32}
+    )
     assert gradients(model).keys() == gradients(exact).keys() == trained.keys()
-    here, there = (torch.cat([g.double().flatten() for g in gradients(m).values()]) for m in (model, exact))
+    here, there = (
+        torch.cat([g.double().flatten() for g in gradients(m).values()]) for m in (model, exact)
+    )
     assert (here - there).norm() <= 20 * eps * there.norm()
 
 
@@ -314,7 +357,9 @@ def test_a_small_update_is_not_lost_in_the_rounding_of_a_bfloat16_base():
     for B_k in layer.B:
         B_k.data.mul_(1e-3)  # an update below half a unit in the last place of W0
     change = to_numpy(layer(x)) - to_numpy(layer.base(x))
-    assert (to_numpy(layer.weight) == to_numpy(layer.base.weight)).mean() > 0.5 and (change != 0).mean() > 0.02
+    assert (to_numpy(layer.weight) == to_numpy(layer.base.weight)).mean() > 0.5 and (
+        change != 0
+    ).mean() > 0.02
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -346,7 +391,9 @@ def test_dropout_zeroes_or_scales_each_input_of_the_update_alone(modulate):
     layer, x = diagonal(modulate), normal(200, 24, seed=1, dtype=torch.float32).sign()
     update = (layer(x) - layer.base(x)) / (x * layer.delta_weight().diagonal())
     kept = update > 0.5
-    torch.testing.assert_close(update, kept / 0.75, rtol=0.02, atol=0.02)  # float32, after a difference of larger numbers
+    torch.testing.assert_close(
+        update, kept / 0.75, rtol=0.02, atol=0.02
+    )  # float32, after a difference of larger numbers
     assert abs(kept.float().mean() - 0.75) < 0.03  # five standard deviations of 4800 draws
     assert (kept[1:] != kept[:-1]).any() and (kept[:, 1:] != kept[:, :-1]).any()
 
@@ -376,7 +423,9 @@ def test_dropout_is_the_dense_formula_on_the_input_that_it_leaves(drawn, seed):
     torch.manual_seed(seed)
     z = nn.functional.dropout(x, 0.5)
     exact = to_numpy(layer.base(x)) + to_numpy(z) @ to_numpy(layer.delta_weight()).T
-    np.testing.assert_allclose(to_numpy(y), exact, rtol=1e-9, atol=1e-9)  # float64; entries up to about 1e3
+    np.testing.assert_allclose(
+        to_numpy(y), exact, rtol=1e-9, atol=1e-9
+    )  # float64; entries up to about 1e3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +438,10 @@ both_ways = pytest.mark.parametrize("limit", [0, 2**20], ids=["lean", "plain"])
 @pytest.mark.parametrize("merged", [False, True])
 def test_output_may_be_changed_in_place(monkeypatch, limit, merged):
     monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
-    layer, x = fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4)), normal(2, 3, 8, seed=1, dtype=torch.float32)
+    layer, x = (
+        fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4)),
+        normal(2, 3, 8, seed=1, dtype=torch.float32),
+    )
     if merged:
         layer.merge()
     torch.testing.assert_close(nn.ReLU(inplace=True)(layer(x)), layer(x).relu())
@@ -411,11 +463,16 @@ def test_hooks_and_a_forward_of_its_own_on_the_base_act_as_before(monkeypatch, l
 @both_ways
 def test_a_base_that_is_unfrozen_learns(monkeypatch, limit):
     monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
-    layer, x = fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4)), normal(3, 8, seed=1, dtype=torch.float32)
+    layer, x = (
+        fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4)),
+        normal(3, 8, seed=1, dtype=torch.float32),
+    )
     layer.base.requires_grad_(True)
     layer(x).sum().backward()
     assert torch.equal(layer.base.bias.grad, torch.full((6,), 3.0))
-    dense = (1 + layer.delta_weight() / layer.base.weight) * x.sum(0)  # d/dW0 of sum(x (W0 + (B A) * W0)^T)
+    dense = (1 + layer.delta_weight() / layer.base.weight) * x.sum(
+        0
+    )  # d/dW0 of sum(x (W0 + (B A) * W0)^T)
     torch.testing.assert_close(layer.base.weight.grad, dense.detach(), rtol=1e-3, atol=1e-4)
 
 
@@ -433,14 +490,20 @@ def test_a_bias_that_is_no_parameter_passes_its_gradient_on(monkeypatch, limit):
 def test_a_float64_layer_under_autocast_computes_as_its_base_does(monkeypatch, limit):
     monkeypatch.setattr(smoa, "_PLAIN_UP_TO", limit)
     for layer_options in ({}, {"modulate": False}, {"dropout": 0.5}):
-        layer, x = smoa.SMoALinear(linear(normal(6, 8, seed=1)), rank=4, **layer_options), normal(3, 8, seed=2)
+        layer, x = (
+            smoa.SMoALinear(linear(normal(6, 8, seed=1)), rank=4, **layer_options),
+            normal(3, 8, seed=2),
+        )
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(layer(x), layer.base(x)) and layer(x).dtype == torch.float64
             assert fill(layer).delta_weight().dtype == torch.float64
 
 
 def test_a_weight_that_a_hook_computes_is_refused():
-    for compute in (lambda base: prune.l1_unstructured(base, "weight", 0.5), nn.utils.parametrizations.weight_norm):
+    for compute in (
+        lambda base: prune.l1_unstructured(base, "weight", 0.5),
+        nn.utils.parametrizations.weight_norm,
+    ):
         with pytest.raises(TypeError, match="computed"):
             smoa.SMoALinear(compute(nn.Linear(8, 6)), rank=4)
 
@@ -465,7 +528,9 @@ def test_an_unload_inside_disabled_leaves_the_plain_base():
 # torch.compile, activation checkpointing
 
 
-@pytest.mark.parametrize("layer_options", [*BUDGETS.values(), dict(dropout=1e-9)], ids=[*BUDGETS, "dropout"])
+@pytest.mark.parametrize(
+    "layer_options", [*BUDGETS.values(), dict(dropout=1e-9)], ids=[*BUDGETS, "dropout"]
+)
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 def test_compiled_model_computes_and_learns_the_same(base_dtype, layer_options):
     torch._dynamo.reset()
@@ -475,7 +540,12 @@ def test_compiled_model_computes_and_learns_the_same(base_dtype, layer_options):
         m(x).float().square().sum().backward()
     tolerance = 20 * torch.finfo(base_dtype).eps
     torch.testing.assert_close(compiled(x), plain(x), rtol=tolerance, atol=tolerance)
-    assert_same_gradients(model, plain, rtol=tolerance, atol=tolerance * max(g.abs().max() for g in gradients(plain).values()))
+    assert_same_gradients(
+        model,
+        plain,
+        rtol=tolerance,
+        atol=tolerance * max(g.abs().max() for g in gradients(plain).values()),
+    )
 
 
 def test_verbs_reach_through_torch_compile(tmp_path):
@@ -483,7 +553,11 @@ def test_verbs_reach_through_torch_compile(tmp_path):
     model, plain = Net(), Net()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), plain(X))
-    assert smoa.inject(compiled, ["first", "second"], rank=4) == ["first", "second"] == [name for name, _ in smoa.adapters(compiled)]
+    assert (
+        smoa.inject(compiled, ["first", "second"], rank=4)
+        == ["first", "second"]
+        == [name for name, _ in smoa.adapters(compiled)]
+    )
     smoa.save(fill(compiled), tmp_path / "adapter")
     assert smoa.load(plain, tmp_path / "adapter") == ["first", "second"]
     expected = plain(X)
@@ -496,10 +570,15 @@ def test_verbs_reach_through_torch_compile(tmp_path):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("layer_options", [*BUDGETS.values(), dict(dropout=0.5)], ids=[*BUDGETS, "dropout"])
+@pytest.mark.parametrize(
+    "layer_options", [*BUDGETS.values(), dict(dropout=0.5)], ids=[*BUDGETS, "dropout"]
+)
 def test_checkpointed_model_learns_the_same(layer_options, use_reentrant):
     model, plain = (adapted(**layer_options) for _ in range(2))
-    for m, run in ((model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)), (plain, plain)):
+    for m, run in (
+        (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)),
+        (plain, plain),
+    ):
         torch.manual_seed(1)
         run(X.clone().requires_grad_()).square().sum().backward()
     assert_same_gradients(model, plain, rtol=0, atol=0)

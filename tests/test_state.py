@@ -16,9 +16,17 @@ from torch import nn
 import smoa
 
 X = normal(4, 6, seed=3, dtype=torch.float32)
-reuses_a_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # tmp_path: every example writes its own file
-model_options = options(5, 6).map(lambda drawn: drawn | {"order": "spectral", "num_blocks": min(drawn["num_blocks"], 4)}).filter(
-    lambda drawn: "branch_ranks" not in drawn or len(drawn["branch_ranks"]) == drawn["num_blocks"]
+reuses_a_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # tmp_path: every example writes its own file
+model_options = (
+    options(5, 6)
+    .map(lambda drawn: drawn | {"order": "spectral", "num_blocks": min(drawn["num_blocks"], 4)})
+    .filter(
+        lambda drawn: (
+            "branch_ranks" not in drawn or len(drawn["branch_ranks"]) == drawn["num_blocks"]
+        )
+    )
 )
 
 
@@ -55,7 +63,11 @@ def test_loaded_adapter_gives_the_same_outputs(file, layer_options, merged):
     assert smoa.load(fresh, file) == ["first", "second"]
     assert torch.equal(fresh(X), expected) and not fresh.first.merged
     for (_, here), (_, there) in zip(smoa.adapters(fresh), smoa.adapters(model)):
-        assert str(here) == str(there) and here.scale == there.scale and here.branch_ranks == there.branch_ranks
+        assert (
+            str(here) == str(there)
+            and here.scale == there.scale
+            and here.branch_ranks == there.branch_ranks
+        )
 
 
 @reuses_a_folder
@@ -73,7 +85,10 @@ def test_loaded_adapter_goes_on_training_as_the_saved_one_would(file):
     smoa.load(fresh, file)
     for m in (model, fresh):
         m(X).square().sum().backward()
-    grads = [{name: p.grad for name, p in m.named_parameters() if p.requires_grad} for m in (model, fresh)]
+    grads = [
+        {name: p.grad for name, p in m.named_parameters() if p.requires_grad}
+        for m in (model, fresh)
+    ]
     assert grads[0] and all_bits(grads[0]) == all_bits(grads[1])
 
 
@@ -86,14 +101,18 @@ def test_adapter_loads_onto_the_base_in_another_floating_dtype(file, from_dtype,
     smoa.load(base, file)
     eps = max(torch.finfo(dtype).eps, torch.finfo(from_dtype).eps)
     # Weights, inputs and two hidden layers are rounded in either dtype, then amplified by a slope of about 10 from input to output.
-    torch.testing.assert_close(base(X.to(dtype)).double(), model(X.to(from_dtype)).double(), rtol=0, atol=20 * eps)
+    torch.testing.assert_close(
+        base(X.to(dtype)).double(), model(X.to(from_dtype)).double(), rtol=0, atol=20 * eps
+    )
 
 
 def test_order_travels_with_the_adapter(file, monkeypatch):
     model, expected_rows = adapted(), adapted().first.row_order.tolist()
     smoa.save(model, file)
     state, right = smoa.state_dict(model), smoa.spectral_order
-    monkeypatch.setattr(smoa, "spectral_order", lambda weight: tuple(order.flip(0) for order in right(weight)))  # another machine
+    monkeypatch.setattr(
+        smoa, "spectral_order", lambda weight: tuple(order.flip(0) for order in right(weight))
+    )  # another machine
     loaded, injected = Net(), adapted(fill_seed=4)
     assert injected.first.row_order.tolist() == expected_rows[::-1]
     smoa.load(loaded, file)
@@ -160,7 +179,11 @@ def test_full_state_dict_fits_a_freshly_injected_model(taken_merged, put_merged)
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)
 def test_a_copy_has_the_same_outputs_and_a_life_of_its_own(duplicate, merged):
     model = adapted()
     if merged:
@@ -182,7 +205,9 @@ def test_two_names_of_one_module_get_one_adapter(file):
     assert model["a"] is model["b"] and len(list(smoa.adapters(model))) == 1
     smoa.save(fill(model), file)
     smoa.load(fresh, file)
-    assert fresh["a"] is fresh["b"] and torch.equal(fresh["b"](torch.eye(4)), model["b"](torch.eye(4)))
+    assert fresh["a"] is fresh["b"] and torch.equal(
+        fresh["b"](torch.eye(4)), model["b"](torch.eye(4))
+    )
     smoa.merge(model)  # one module: nobody else shares the weight
     plain = smoa.unload(model)
     assert type(plain["a"]) is nn.Linear and plain["a"] is plain["b"]
@@ -256,7 +281,9 @@ def test_wrong_base_raises_without_mutation(file, change, width):
     model, other = adapted(width=width), Net(width)
     smoa.save(model, file)
     other.second.weight.data.copy_(change(other.second.weight.data))
-    refuse(lambda: smoa.load(other, file), other, "second", "another base weight", "check_base=False")
+    refuse(
+        lambda: smoa.load(other, file), other, "second", "another base weight", "check_base=False"
+    )
     assert smoa.load(other, file, check_base=False) == ["first", "second"]
     assert all(torch.equal(here, there) for here, there in zip(other.second.A, model.second.A))
 
@@ -327,9 +354,18 @@ def put(key, change):
 STATE_FAULTS = {
     "missing": (lambda state: state.pop("second.B.1"), ["second.B.1"]),
     "unexpected": (put("head.A.0", lambda _: torch.ones(1, 1)), ["head.A.0"]),
-    "another rank": (put("second.A.0", lambda _: torch.ones(3, 4)), ["second.A.0", "(3, 4)", "(2, 4)"]),
-    "no permutation": (put("second.row_order", torch.zeros_like), ["second.row_order", "permutation", "4"]),
-    "of another base": (put("second.base_sketch", lambda sketch: 2 * sketch), ["second", "another base weight"]),
+    "another rank": (
+        put("second.A.0", lambda _: torch.ones(3, 4)),
+        ["second.A.0", "(3, 4)", "(2, 4)"],
+    ),
+    "no permutation": (
+        put("second.row_order", torch.zeros_like),
+        ["second.row_order", "permutation", "4"],
+    ),
+    "of another base": (
+        put("second.base_sketch", lambda sketch: 2 * sketch),
+        ["second", "another base weight"],
+    ),
 }
 
 
@@ -352,7 +388,12 @@ def test_a_refused_load_does_not_merge_again_what_was_changed_after_the_merge():
 
 def test_state_for_a_model_without_an_adapter_is_refused(file):
     model = Net()
-    refuse(lambda: smoa.load_state_dict(model, smoa.state_dict(adapted())), model, "first.A.0", "unexpected")
+    refuse(
+        lambda: smoa.load_state_dict(model, smoa.state_dict(adapted())),
+        model,
+        "first.A.0",
+        "unexpected",
+    )
     refuse(lambda: smoa.save(model, file), model, "no adapter", "inject")
     assert not file.exists()
 
@@ -378,7 +419,11 @@ def payload_files(mark, good):
     """Files that run code in a reader that unpickles: bare, from torch.save, in its older format too, with a checksum, and behind a good file."""
     yield pickle.dumps(Payload(mark))
     for new_format in (True, False):
-        torch.save({"config": {}, "state": Payload(mark)}, mark.with_suffix(".pt"), _use_new_zipfile_serialization=new_format)
+        torch.save(
+            {"config": {}, "state": Payload(mark)},
+            mark.with_suffix(".pt"),
+            _use_new_zipfile_serialization=new_format,
+        )
         content = mark.with_suffix(".pt").read_bytes()
         yield content
         yield sealed(content)
@@ -421,12 +466,18 @@ def test_a_flipped_bit_anywhere_is_refused(file, share, bit):
 def test_the_older_format_which_can_hide_code_from_older_torch_is_refused(file):
     smoa.save(adapted(), file)
     body, model = io.BytesIO(), Net()
-    torch.save(torch.load(io.BytesIO(file.read_bytes()), weights_only=True), body, _use_new_zipfile_serialization=False)
+    torch.save(
+        torch.load(io.BytesIO(file.read_bytes()), weights_only=True),
+        body,
+        _use_new_zipfile_serialization=False,
+    )
     file.write_bytes(sealed(body.getvalue()))
     refuse(lambda: smoa.load(model, file), model, str(file), "no SMoA adapter")
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"\2\0\0\0\0\0\0\0{}", b"hello, world", b"{}", b"PK"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 8, b"\xff" * 64, b"\2\0\0\0\0\0\0\0{}", b"hello, world", b"{}", b"PK"]
+)
 def test_a_file_of_something_else_is_refused(file, content):
     file.write_bytes(content)
     model = Net()
@@ -447,12 +498,20 @@ def test_the_file_is_what_torch_save_writes_and_a_checksum_after_it(file):
     content = file.read_bytes()
     assert content == sealed(content[:-32])
     there = torch.load(io.BytesIO(content[:-32]), weights_only=True)
-    assert there.keys() == {"config", "state"} and {name: options["rank"] for name, options in there["config"].items()} == {"first": 4, "second": 4}
+    assert there.keys() == {"config", "state"} and {
+        name: options["rank"] for name, options in there["config"].items()
+    } == {"first": 4, "second": 4}
     here = smoa.state_dict(model)
-    assert there["state"].keys() == here.keys() and all(torch.equal(there["state"][key], here[key]) for key in here)
+    assert there["state"].keys() == here.keys() and all(
+        torch.equal(there["state"][key], here[key]) for key in here
+    )
 
 
-@pytest.mark.parametrize("content", [{}, {"config": {}}, {"config": {}, "state": {"A": 1}}, [1], {"config": {}, "state": []}], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"config": {}}, {"config": {}, "state": {"A": 1}}, [1], {"config": {}, "state": []}],
+    ids=repr,
+)
 def test_a_whole_file_of_another_content_is_refused(file, content):
     body, model = io.BytesIO(), Net()
     torch.save(content, body)
@@ -463,9 +522,15 @@ def test_a_whole_file_of_another_content_is_refused(file, content):
 def test_save_writes_one_file_and_replaces_an_old_one_whole(file, monkeypatch):
     smoa.save(adapted(fill_seed=1), file)
     old, replace, seen = file.read_bytes(), Path.replace, []
-    monkeypatch.setattr(Path, "replace", lambda *args: (seen.append((file.read_bytes(), args[0].read_bytes())), replace(*args)))
+    monkeypatch.setattr(
+        Path,
+        "replace",
+        lambda *args: (seen.append((file.read_bytes(), args[0].read_bytes())), replace(*args)),
+    )
     smoa.save(adapted(fill_seed=2), file)
-    assert seen == [(old, file.read_bytes())]  # until the very end the old file was there, and then the new one was complete
+    assert seen == [
+        (old, file.read_bytes())
+    ]  # until the very end the old file was there, and then the new one was complete
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
@@ -535,7 +600,9 @@ def test_swapping_adapters_leaves_no_trace_of_the_one_before(tmp_path, other, me
     smoa.unmerge(model)
     values, frozen, modules, _ = snapshot(model)
     assert (values, frozen) == snapshot(again)[:2]
-    assert {name: kind for name, (_, kind, _) in modules.items()} == {name: kind for name, (_, kind, _) in snapshot(again)[2].items()}
+    assert {name: kind for name, (_, kind, _) in modules.items()} == {
+        name: kind for name, (_, kind, _) in snapshot(again)[2].items()
+    }
     smoa.unload(model)
     assert all_bits(model.state_dict()) == all_bits(Net().state_dict())
 
@@ -545,4 +612,6 @@ def test_an_optimizer_keeps_its_hold_when_only_values_change(file):
     model = adapted(fill_seed=2)
     held = [id(p) for p in model.parameters()]
     smoa.load(model, file)
-    assert [id(p) for p in model.parameters()] == held and torch.equal(model(X), adapted(fill_seed=1)(X))
+    assert [id(p) for p in model.parameters()] == held and torch.equal(
+        model(X), adapted(fill_seed=1)(X)
+    )
