@@ -214,7 +214,7 @@ def _stack(factors, rows, cols):
     )
 
 
-_PLAIN_UP_TO = (
+LEAN_ABOVE = (
     2**17
 )  # weights in a layer; below that, autograd's full weight gradient takes less time than gathering blocks for a part of it
 
@@ -460,7 +460,7 @@ class SMoALinear(nn.Module):
         W0 = self.original_weight()
         if self.modulate and self._folds():
             # A small layer, or a base that somebody unfroze: autograd's own gradient, of the whole weight.
-            if W0.numel() <= _PLAIN_UP_TO or any(
+            if W0.numel() <= LEAN_ABOVE or any(
                 t is not None and t.requires_grad for t in (W0, self.bias)
             ):
                 return F.linear(
