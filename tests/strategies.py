@@ -224,6 +224,16 @@ def adapted(
     return fill(model, fill_seed)
 
 
+def names_of_factors(model):
+    """The names of all the factors of the branches that have a rank."""
+    names = set()
+    for name, layer in smoa.adapters(model):
+        for k, r_k in enumerate(layer.branch_ranks):
+            if r_k > 0:
+                names |= {f"{name}.A_{k}".lstrip("."), f"{name}.B_{k}".lstrip(".")}
+    return names
+
+
 def trained_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -233,6 +243,8 @@ def bits(tensor):
     kind = tensor.dtype, tuple(tensor.shape)
     if tensor.is_meta:
         return kind
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     flat = tensor.detach().contiguous().view(-1)
     return *kind, flat.view(torch.uint8).numpy().tobytes()
 

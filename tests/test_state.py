@@ -4,8 +4,11 @@ import contextlib
 import copy
 import hashlib
 import io
+import os
 import pickle
 import resource
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,11 +23,13 @@ from strategies import (
     all_bits,
     bits,
     fill,
+    names_of_factors,
     normal,
     options,
     refused,
     same_orders,
     snapshot,
+    trained_names,
 )
 from torch import nn
 
@@ -158,6 +163,15 @@ def test_order_travels_onto_an_adapter_of_the_same_configuration(file, monkeypat
     assert torch.equal(injected(X), model(X))
 
 
+def test_order_travels_in_the_state_dict_of_the_model(monkeypatch):
+    model = adapted()
+    monkeypatch.setattr(smoa, "spectral_order", on_another_machine)
+    injected = adapted(fill_seed=4)
+    injected.load_state_dict(model.state_dict())
+    assert all(map(same_orders, orders_of(injected), orders_of(model)))
+    assert torch.equal(injected(X), model(X))
+
+
 def test_order_given_by_hand_travels_too(file):
     order = torch.arange(8).flip(0), torch.tensor([1, 0, 3, 2, 5, 4])
     model, fresh = adapted(["first"], order=order), Net()
@@ -176,7 +190,7 @@ def test_an_order_given_by_hand_is_copied():
 
 def test_factors_that_a_layer_shares_are_saved_under_both_names(file):
     model, fresh = adapted(), Net()
-    model.first.A[1] = model.first.A[0]
+    model.first.A_1 = model.first.A_0
     smoa.save(model, file)
     smoa.load(fresh, file)
     assert torch.equal(fresh(X), model(X))
@@ -200,21 +214,102 @@ def test_load_computes_no_spectrum(file, monkeypatch):
     assert torch.equal(fresh(X), model(X))
 
 
-@pytest.mark.parametrize("taken_merged", [False, True])
-@pytest.mark.parametrize("put_merged", [False, True])
-def test_full_state_dict_fits_a_freshly_injected_model(taken_merged, put_merged):
+def orders_as_saved(layer):
+    return torch.cat([layer.row_order, layer.col_order]).int()
+
+
+def test_state_dict_of_the_adapter_holds_factors_orders_and_a_sketch():
+    model = adapted(rank=1)  # block 1 has no branch
+    state = smoa.state_dict(model)
+    for name in ("first", "second"):
+        layer = model.get_submodule(name)
+        assert bits(state.pop(f"{name}.A_0")) == bits(layer.A[0])
+        assert bits(state.pop(f"{name}.B_0")) == bits(layer.B[0])
+        assert bits(state.pop(f"{name}.order")) == bits(orders_as_saved(layer))
+        assert state.pop(f"{name}.base_sketch").shape == (1025,)
+    assert not state
+
+
+def test_state_dict_of_the_adapter_holds_the_live_factors():
+    model = adapted()
+    state = smoa.state_dict(model)
+    fill(model, seed=9)
+    assert bits(state["first.A_0"]) == bits(model.first.A[0])
+    assert bits(state["first.B_1"]) == bits(model.first.B[1])
+
+
+def test_a_natural_order_is_not_saved():
+    model = adapted(order="natural")
+    assert not [key for key in smoa.state_dict(model) if key.endswith("order")]
+
+
+@pytest.mark.parametrize("order", ["natural", "spectral"])
+def test_a_state_of_the_natural_order_fits_an_adapter_of_any(order):
+    model, other = adapted(order="natural"), adapted(fill_seed=9, order=order)
+    smoa.load_state_dict(other, smoa.state_dict(model))
+    assert all(map(same_orders, orders_of(other), orders_of(model)))
+    assert torch.equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_full_state_dict_fits_a_freshly_injected_model(merged):
     model, fresh = adapted(), adapted(seed=50, fill_seed=9)
-    expected = model(X)
-    if taken_merged:
-        smoa.merge(model)
-    if put_merged:
+    if merged:
         smoa.merge(fresh)
-    assert bits(model.state_dict()["first.base.weight"]) == bits(Net().first.weight)
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh(X), expected)
+    assert torch.equal(fresh(X), model(X))
     assert not fresh.first.merged
     smoa.unload(fresh)
     assert all_bits(fresh.state_dict()) == all_bits(Net().state_dict())
+
+
+def test_the_orders_are_extra_state_of_the_module_and_no_buffers():
+    model = adapted()
+    state = model.state_dict()
+    assert bits(state["first._extra_state"]) == bits(orders_as_saved(model.first))
+    assert not dict(model.named_buffers())
+    assert not [key for key in state if "row_order" in key or "col_order" in key]
+
+
+def test_a_full_state_dict_whose_order_is_no_permutation_is_refused():
+    model, state = adapted(), adapted().state_dict()
+    state["second._extra_state"] = torch.zeros(13, dtype=torch.int32)
+    before = orders_as_saved(model.second)
+    with pytest.raises((RuntimeError, ValueError), match="permutation"):
+        model.load_state_dict(state)
+    assert torch.equal(orders_as_saved(model.second), before)
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_the_full_state_dict_of_a_merged_model_is_refused(which):
+    model = adapted()
+    model.get_submodule(which).merge()
+    words = ["merged", "unmerge", "unload(model, merge=True)"]
+    with refused_by(model, *words, error=RuntimeError):
+        model.state_dict()
+
+
+def test_a_merged_layer_has_no_full_state_dict_even_alone():
+    layer = fill(smoa.SMoALinear(Net().first, rank=2))
+    layer.merge()
+    with refused(RuntimeError, "merged", "unmerge", model=layer):
+        layer.state_dict()
+
+
+def test_the_adapter_of_a_merged_model_has_the_state_that_it_had():
+    model = adapted()
+    before = all_bits(smoa.state_dict(model))
+    smoa.merge(model)
+    assert all_bits(smoa.state_dict(model)) == before
+
+
+def test_a_merged_model_that_went_through_the_meta_device_takes_a_state_dict():
+    model, other = adapted(), adapted(fill_seed=9)
+    smoa.merge(other)
+    other.to("meta").to_empty(device="cpu")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(X), model(X))
+    assert not other.first.merged
 
 
 def pickled(model):
@@ -387,7 +482,7 @@ def test_base_of_the_adapter_is_the_unmerged_one(file):
 def test_other_shapes_are_refused(file):
     smoa.save(adapted(width=10), file)
     model = Net()
-    with refused_by(model, "first.row_order", "(10,)", "(8,)"):
+    with refused_by(model, "first.B_0", "(5, 2)", "(4, 2)"):
         smoa.load(model, file)
 
 
@@ -408,12 +503,12 @@ def test_a_name_that_is_no_linear_layer_here_is_refused(file):
 
 
 OTHER_SKETCH = smoa.state_dict(adapted(seed=50))["second.base_sketch"]
-TO_FOUR = "permutation of 0..4"
+NO_ORDER = torch.zeros(5 + 8, dtype=torch.int32)
 STATE_FAULTS = {
-    "missing": ("second.B.1", None, ["second.B.1"]),
-    "unexpected": ("head.A.0", torch.ones(1, 1), ["head.A.0"]),
-    "another rank": ("second.A.0", torch.ones(3, 4), ["second.A.0", "(3, 4)", "(2, 4)"]),
-    "no permutation": ("second.row_order", torch.zeros(5).long(), ["second.row_order", TO_FOUR]),
+    "missing": ("second.B_1", None, ["second.B_1"]),
+    "unexpected": ("head.A_0", torch.ones(1, 1), ["head.A_0"]),
+    "another rank": ("second.A_0", torch.ones(3, 4), ["second.A_0", "(3, 4)", "(2, 4)"]),
+    "no permutation": ("second.order", NO_ORDER, ["second.order", "permutation of 0..4"]),
     "of another base": ("second.base_sketch", OTHER_SKETCH, ["second", "another base weight"]),
 }
 
@@ -441,7 +536,7 @@ def test_a_refused_load_does_not_merge_again_what_was_changed_after_the_merge():
 
 def test_state_for_a_model_without_an_adapter_is_refused():
     model, state = Net(), smoa.state_dict(adapted())
-    with refused_by(model, "first.A.0", "unexpected"):
+    with refused_by(model, "first.A_0", "unexpected"):
         smoa.load_state_dict(model, state)
 
 
@@ -626,6 +721,113 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(file, size):
     assert list(file.parent.iterdir()) == [file]
 
 
+NEW_OR_OLD = pytest.mark.parametrize("old", [None, b"old"], ids=["new", "old"])
+
+
+@NEW_OR_OLD
+def test_write_whole_writes_the_bytes(file, old):
+    if old is not None:
+        file.write_bytes(old)
+    smoa.write_whole(file, b"some bytes")
+    smoa.write_whole(str(file), b"other bytes")
+    assert file.read_bytes() == b"other bytes"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_write_whole_takes_a_path_relative_to_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    smoa.write_whole("adapter.pt", b"new")
+    assert Path("adapter.pt").read_bytes() == b"new"
+
+
+@NEW_OR_OLD
+def test_a_write_that_fails_is_reported_under_the_given_path(file, old):
+    if old is not None:
+        file.write_bytes(old)
+    with pytest.raises(OSError, match="too large") as caught, full_disk(100):
+        smoa.write_whole(file, bytes(1000))
+    assert caught.value.filename == str(file)
+    assert [path.read_bytes() for path in file.parent.iterdir()] == ([] if old is None else [old])
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("permissions", [0o600, 0o640, 0o664])
+def test_a_rewritten_file_keeps_its_mode(file, permissions):
+    file.write_bytes(b"old")
+    file.chmod(permissions)
+    smoa.save(adapted(), file)
+    assert mode(file) == permissions
+
+
+def test_a_new_file_has_the_mode_of_any_new_file(file, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    smoa.save(adapted(), file)
+    assert mode(file) == mode(other)
+
+
+@NEW_OR_OLD
+def test_a_symbolic_link_is_followed_and_kept(file, tmp_path, old):
+    (tmp_path / "folder").mkdir()
+    target = tmp_path / "folder" / "target"
+    if old is not None:
+        target.write_bytes(old)
+    file.symlink_to(Path("folder", "target"))
+    smoa.write_whole(file, b"new")
+    assert file.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def read_from(path, content):
+    content.append(path.read_bytes())
+
+
+def test_a_named_pipe_is_written_through(file):
+    os.mkfifo(file)
+    content = []
+    reader = threading.Thread(target=read_from, args=(file, content), daemon=True)
+    reader.start()
+    smoa.write_whole(file, b"through the pipe")
+    reader.join(timeout=10)
+    assert content == [b"through the pipe"]
+    assert file.is_fifo()
+
+
+def test_a_pipe_without_a_name_is_written_through():
+    read_end, write_end = os.pipe()
+    smoa.write_whole(f"/dev/fd/{write_end}", b"through the pipe")  # as a shell's >(command)
+    os.close(write_end)
+    with open(read_end, "rb") as reader:
+        assert reader.read() == b"through the pipe"
+
+
+def test_a_device_is_written_through(file):
+    file.symlink_to(os.devnull)
+    smoa.save(adapted(), file)
+    assert Path(os.devnull).is_char_device()
+    assert file.is_symlink()
+
+
+def test_a_missing_folder_is_reported_under_the_given_path(tmp_path):
+    path = tmp_path / "missing" / "adapter.pt"
+    with pytest.raises(FileNotFoundError) as caught:
+        smoa.save(adapted(), path)
+    assert caught.value.filename == str(path)
+    assert str(path) in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(IsADirectoryError) as caught:
+        smoa.save(adapted(), tmp_path)
+    assert caught.value.filename == str(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_save_changes_nothing_in_the_model(file):
     model = adapted()
     for verb in (smoa.merge, smoa.unmerge):
@@ -680,10 +882,68 @@ def test_swapping_adapters_leaves_no_trace_of_the_one_before(tmp_path, other, me
     assert all_bits(model.state_dict()) == all_bits(Net().state_dict())
 
 
-def test_an_optimizer_keeps_its_hold_when_only_values_change(file):
+def parameters_of(model):
+    return {id(p) for p in model.parameters()}
+
+
+def test_an_optimizer_keeps_its_hold_over_load_state_dict():
     source, model = adapted(fill_seed=1), adapted(fill_seed=2)
-    smoa.save(source, file)
-    held = [id(p) for p in model.parameters()]
-    smoa.load(model, file)
-    assert [id(p) for p in model.parameters()] == held
+    held = parameters_of(model)
+    smoa.load_state_dict(model, smoa.state_dict(source))
+    assert parameters_of(model) == held
     assert torch.equal(model(X), source(X))
+
+
+def test_load_builds_new_layers_over_the_same_bases(file):
+    smoa.save(adapted(fill_seed=1), file)
+    model = adapted(fill_seed=2)
+    layer, base = model.first, model.first.base
+    smoa.load(model, file)
+    assert model.first is not layer
+    assert model.first.base is base
+    assert not parameters_of(model) & {id(p) for p in (*layer.A, *layer.B)}
+
+
+@pytest.mark.parametrize("before", [None, {}, {"rank": 6}], ids=["plain", "same", "another"])
+def test_after_a_load_as_after_inject_only_the_factors_train(file, before):
+    smoa.save(adapted(), file)
+    model = Net() if before is None else adapted(**before)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    smoa.load(model, file)
+    assert trained_names(model) == names_of_factors(model)
+    assert len(trained_names(model)) == 8
+
+
+# --------------------------------------------------------------------------------------------------
+# Inside `disabled`
+
+
+@pytest.mark.parametrize("before", [None, {}, {"rank": 6}], ids=["plain", "same", "another"])
+def test_an_adapter_loaded_inside_disabled_is_off_until_the_end(file, before):
+    source = adapted(fill_seed=1)
+    smoa.save(source, file)
+    model = Net() if before is None else adapted(**before)
+    with smoa.disabled(model):
+        smoa.load(model, file)
+        assert torch.equal(model(X), Net()(X))
+        with smoa.disabled(model):
+            assert torch.equal(model(X), Net()(X))
+        assert torch.equal(model(X), Net()(X))
+    assert torch.equal(model(X), source(X))
+
+
+def test_an_adapter_injected_inside_disabled_is_off_until_the_end():
+    model = Net()
+    with smoa.disabled(model):
+        smoa.inject(model, ["first", "second"], rank=4, num_blocks=2)
+        fill(model)
+        assert torch.equal(model(X), Net()(X))
+    assert torch.equal(model(X), adapted()(X))
+
+
+def test_another_model_is_not_disabled():
+    model, other = adapted(), Net()
+    with smoa.disabled(model):
+        smoa.inject(other, ["first", "second"], rank=4, num_blocks=2)
+        assert torch.equal(fill(other)(X), adapted()(X))
