@@ -284,7 +284,26 @@ def refused(error, *words, model):
 
 
 # --------------------------------------------------------------------------------------------------
-# Comparisons
+# Measures and comparisons
+
+
+def kept_for_backward(module, x):
+    """What the module returns, and the bytes of what autograd keeps for its backward.
+
+    Each storage counts once, and those of the module's parameters do not count.
+    """
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    for p in module.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    return y, sum(kept.values())
 
 
 def to_numpy(tensor):

@@ -6,7 +6,10 @@ Times are in bench_smoa.py, which asserts nothing.
 import io
 import zipfile
 
+import pytest
 import torch
+import torch.nn.functional as F
+from strategies import HALVES, kept_for_backward
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -75,3 +78,43 @@ def test_merged_layer_keeps_only_the_blocks_that_it_replaced():
     assert stored_bytes(adapted) - before == FLOAT32 * m * n // K
     adapted.unmerge()
     assert stored_bytes(adapted) == before
+
+
+class LoRA(nn.Module):
+    """x W0^T + x A^T B^T beside a frozen base, as its paper has it."""
+
+    def __init__(self, base, rank, dropout):
+        super().__init__()
+        m, n = base.weight.shape
+        self.base = base.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(rank, n))
+        self.B = nn.Parameter(torch.zeros(m, rank))
+        self.dropout = dropout
+
+    def forward(self, x):
+        z = F.dropout(x, self.dropout)
+        z = F.linear(z, self.A.to(x.dtype))
+        return self.base(x) + F.linear(z, self.B.to(x.dtype))
+
+
+def kept_over(module, dtype):
+    """Bytes for the backward of a half-precision module, or of a float32 one under autocast."""
+    x = torch.randn(64, module.base.in_features, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        y, kept = kept_for_backward(module, x)
+    assert y.dtype in HALVES
+    return kept
+
+
+@pytest.mark.parametrize("K", [2, 4, 8])
+@pytest.mark.parametrize("m, n", [(768, 192), (192, 768)])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_half_precision_keeps_for_the_backward_what_lora_does_and_a_tenth_of_the_weights(
+    K, m, n, dtype, dropout
+):
+    base = nn.Linear(n, m, dtype=dtype)
+    lora = LoRA(base, rank=8, dropout=dropout)
+    adapted = smoa.SMoALinear(base, 8 * K, K, dropout=dropout)
+    weights = m * n * 2  # bytes in half precision
+    assert kept_over(adapted, dtype) <= kept_over(lora, dtype) + 0.1 * weights

@@ -192,6 +192,36 @@ def test_a_module_that_is_no_linear_layer_is_refused(module):
         smoa.SMoALinear(model.extra, rank=2)
 
 
+class AnotherAdapter(nn.Module):
+    """As the layers of PEFT, which hold the linear layer that they adapt."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+
+def test_another_adapter_s_layer_is_refused_by_what_it_holds():
+    model = Net()
+    model.second = AnotherAdapter(model.second)
+    with refused(TypeError, "second", "AnotherAdapter", "base_layer", model=model):
+        smoa.inject(model, ["first", "second"])
+
+
+def test_a_layer_that_is_compiled_by_itself_is_refused():
+    model = Net()
+    model.second = torch.compile(model.second, backend="eager")
+    with refused(ValueError, "second", "compiled", "torch.compile", model=model):
+        smoa.inject(model, ["first", "second"])
+
+
 NO_MODULES = {"None": None, "a tensor": torch.ones(5, 8), "a name": "second"}
 
 

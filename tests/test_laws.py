@@ -54,6 +54,7 @@ from strategies import (
     fill,
     generic,
     input_of,
+    kept_for_backward,
     layers,
     linear,
     low_rank,
@@ -803,20 +804,6 @@ def test_gradients_pass_gradcheck_and_gradgradcheck(
     assert torch.autograd.gradgradcheck(forward, (x, *leaves.values()))
 
 
-def kept_bytes(function, *args):
-    """What autograd keeps for the backward, each storage once; and what the function returns."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function(*args)
-    return sum(kept.values()), y
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("m, n, K, r", [(9, 14, 4, 8), (14, 9, 3, 2), (11, 11, 1, 3)])
 def test_the_lean_backward_has_the_gradients_of_the_plain_formula(m, n, K, r, bias, monkeypatch):
@@ -828,12 +815,25 @@ def test_the_lean_backward_has_the_gradients_of_the_plain_formula(m, n, K, r, bi
     kept, grads = [], []
     for threshold in (0, 10**6):
         monkeypatch.setattr(smoa, "LEAN_ABOVE", threshold)
-        size, y = kept_bytes(layer, x)
+        y, size = kept_for_backward(layer, x)
         kept.append(size)
         grads.append(torch.autograd.grad(y, wanted, g))
     assert kept[0] < kept[1]  # the two ways are two
     for lean, plain in zip(*grads):
         assert torch.allclose(lean, plain, rtol=1e-12, atol=1e-12)
+
+
+@given(layers(dtypes=DOUBLE), batches, seeds)
+def test_the_plain_formula_has_the_outputs_and_gradients_of_forward(drawn, batch, seed):
+    layer, _ = drawn
+    x = input_of(layer, *batch, seed=seed).requires_grad_()
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    y, plain = layer(x), layer.plain_forward(x)
+    g = normal(*y.shape, seed=seed + 1)
+    assert_same_double(y, to_numpy(plain))
+    grads = torch.autograd.grad(y, wanted, g)
+    for grad, expected in zip(grads, torch.autograd.grad(plain, wanted, g)):
+        assert_same_double(grad, to_numpy(expected))
 
 
 def test_input_gradient_of_a_layer_of_millions_of_weights_is_the_dense_formula():

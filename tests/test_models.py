@@ -34,7 +34,9 @@ from strategies import (
     trained_names,
 )
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import smoa
@@ -404,14 +406,30 @@ def test_a_small_update_is_not_lost_in_the_rounding_of_a_bfloat16_base():
     assert (layer(x) != layer.base(x)).double().mean() > 0.02
 
 
+def test_a_small_update_is_not_lost_in_the_rounding_of_bfloat16_autocast():
+    base = linear(generic(64, 64, 0).float(), bias=False)
+    layer = fill(smoa.SMoALinear(base, rank=8))
+    share = layer.delta_weight().norm() / base.weight.norm()
+    for B_k in layer.B:
+        B_k.data.mul_(5e-4 / share)  # an update of 0.05 %
+    x = input_of(layer, 200, seed=1)
+    exact = x @ layer.delta_weight().T
+    with torch.autocast("cpu", torch.bfloat16):
+        change = layer(x).float() - layer.base(x).float()
+    # The outputs are rounded to bfloat16: about 0.5 is left. W0 + delta_W rounded, about 0.25.
+    assert F.cosine_similarity(change.flatten(), exact.flatten(), dim=0) > 0.4
+
+
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, *HALVES])
 def test_a_model_may_change_its_dtype_merged_or_not(dtype, merged):
     model, plain = adapted(), Net().to(dtype)
+    before = model.first.row_order.clone(), model.first.col_order.clone()
     if merged:
         smoa.merge(model)
     model.to(dtype)
     assert model(X.to(dtype)).dtype == dtype
+    assert same_orders((model.first.row_order, model.first.col_order), before)
     smoa.unload(model)
     assert [bits(p) for p in model.parameters()] == [bits(p) for p in plain.parameters()]
 
@@ -565,6 +583,187 @@ def test_an_unload_inside_disabled_leaves_the_plain_base():
         smoa.unload(model)
     assert type(model.first) is nn.Linear
     assert bits(model.first.weight) == bits(Net().first.weight)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.func, torch.export, nested tensors: as transparent as the base
+
+
+def float64_layer(**layer_options):
+    return fill(smoa.SMoALinear(linear(generic(6, 8, 0)), rank=4, **layer_options))
+
+
+def half_layer():
+    return fill(smoa.SMoALinear(linear(generic(6, 8, 0).bfloat16()), rank=4))
+
+
+TRANSPARENT = {
+    "SMoA": float64_layer,
+    "no anchor": lambda: float64_layer(modulate=False),
+    "r below K": lambda: float64_layer(num_blocks=6),
+    "half": half_layer,
+}
+each_layer = pytest.mark.parametrize("make", TRANSPARENT.values(), ids=TRANSPARENT)
+
+
+def assert_close_in_its_dtype(actual, expected):
+    eps = torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=20 * eps, atol=100 * eps)
+
+
+@each_layer
+def test_vmap_is_a_loop(way, make):
+    layer = make()
+    x = input_of(layer, 5, 3, seed=1)
+    y = torch.func.vmap(layer)(x)
+    assert_close_in_its_dtype(y, torch.stack([layer(sample) for sample in x]))
+
+
+@each_layer
+def test_gradients_of_each_sample_are_a_loop(way, make):
+    layer = make()
+    trained = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(factors, sample):
+        return torch.func.functional_call(layer, factors, (sample,)).square().sum()
+
+    gradient = torch.func.grad(loss)
+    x = input_of(layer, 5, seed=1)
+    grads = torch.func.vmap(gradient, in_dims=(None, 0))(trained, x)
+    for i, sample in enumerate(x):
+        for name, expected in gradient(trained, sample).items():
+            scale = max(1.0, float(expected.abs().max()))
+            eps = torch.finfo(x.dtype).eps
+            torch.testing.assert_close(grads[name][i], expected, rtol=0, atol=50 * eps * scale)
+
+
+@each_layer
+def test_forward_mode_agrees_with_reverse_mode(way, make):
+    layer = make()
+    x, tangent = input_of(layer, 3, seed=1), input_of(layer, 3, seed=2)
+    _, y_tangent = torch.func.jvp(layer, (x,), (tangent,))
+    _, pull = torch.func.vjp(layer, x)
+    g = normal(3, 6, seed=3, dtype=x.dtype)
+    (pulled,) = pull(g)
+    there, back = (g * y_tangent).double().sum(), (pulled * tangent).double().sum()
+    magnitude = (g * y_tangent).double().abs().sum()
+    assert abs(there - back) <= 20 * torch.finfo(x.dtype).eps * magnitude
+
+
+@each_layer
+def test_an_exported_layer_computes_the_same(way, make):
+    layer = make().eval()
+    x = input_of(layer, 3, seed=1)
+    exported = torch.export.export(layer, (x,)).module()
+    assert_close_in_its_dtype(exported(x), layer(x))
+
+
+@each_layer
+def test_a_jagged_input_is_a_list_of_inputs(way, make):
+    layer = make()
+    samples = [input_of(layer, length, seed=length) for length in (2, 5, 1)]
+    y = layer(torch.nested.nested_tensor(samples, layout=torch.jagged))
+    for sample, output in zip(samples, y.unbind()):
+        assert_close_in_its_dtype(output, layer(sample))
+
+
+# --------------------------------------------------------------------------------------------------
+# Averaged, offloaded and wrapped models
+
+
+def averaged(model):
+    average = get_ema_multi_avg_fn(0.9999)
+    return AveragedModel(model, use_buffers=True, multi_avg_fn=average)
+
+
+def test_an_averaged_copy_has_the_orders_of_its_model():
+    model = adapted(rank=1)  # a branch without factors in each layer
+    copy = averaged(model)
+    for _ in range(10):
+        copy.update_parameters(model)
+    for (_, layer), (_, twin) in zip(smoa.adapters(model), smoa.adapters(copy)):
+        assert same_orders((twin.row_order, twin.col_order), (layer.row_order, layer.col_order))
+    torch.testing.assert_close(copy(X), model(X))
+
+
+def offload(base):
+    """As accelerate does: weights that are there while the module is called, and only then."""
+    weights = {name: p.detach().clone() for name, p in base.named_parameters()}
+
+    def put(device):
+        for name, p in weights.items():
+            setattr(base, name, nn.Parameter(p.to(device), requires_grad=False))
+
+    base.register_forward_pre_hook(lambda module, args: put("cpu"))
+    base.register_forward_hook(lambda module, args, output: put("meta"))
+    put("meta")
+
+
+@each_budget
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_there_only_in_the_call_of_the_base_is_used_there(
+    way, layer_options, dtype
+):
+    model, plain = adapted(dtype=dtype, **layer_options), adapted(dtype=dtype, **layer_options)
+    for _, layer in smoa.adapters(model):
+        offload(layer.base)
+    x = X.to(dtype)
+    y, expected = model(x), plain(x)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    tolerance = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    error = flat_gradient(model) - flat_gradient(plain)
+    assert error.norm() <= tolerance * flat_gradient(plain).norm()
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([self.block(), self.block()])
+
+    def block(self):
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def compiled_block(block):
+    return torch.compile(block, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled_block, checkpoint_wrapper])
+@pytest.mark.parametrize("targets", [["blocks.0.0", "blocks.1.2"], r"blocks\.(0\.0|1\.2)"])
+def test_wrapped_blocks_have_the_names_of_the_plain_model_s(tmp_path, wrap, targets):
+    model, plain = Blocks(), Blocks()
+    model.blocks[0] = wrap(model.blocks[0])
+    model.blocks[1] = wrap(model.blocks[1])
+    names = smoa.inject(model, targets, rank=4)
+    assert names == ["blocks.0.0", "blocks.1.2"] == [name for name, _ in smoa.adapters(model)]
+    smoa.save(fill(model), tmp_path / "adapter")
+    assert smoa.load(plain, tmp_path / "adapter") == names
+    torch.testing.assert_close(plain(SEQUENCE), model(SEQUENCE))
+
+
+@pytest.mark.parametrize("wrap", [compiled_block, checkpoint_wrapper])
+def test_an_adapter_of_the_plain_model_loads_into_wrapped_blocks(tmp_path, wrap):
+    model, plain = Blocks(), Blocks()
+    model.blocks[0] = wrap(model.blocks[0])
+    names = smoa.inject(plain, ["blocks.0.0", "blocks.1.2"], rank=4)
+    smoa.save(fill(plain), tmp_path / "adapter")
+    assert smoa.load(model, tmp_path / "adapter") == names
+    torch.testing.assert_close(model(SEQUENCE), plain(SEQUENCE))
+
+
+def test_an_averaged_copy_saves_the_adapter_of_the_plain_model(tmp_path):
+    model, plain = adapted(), Net()
+    smoa.save(averaged(model), tmp_path / "adapter")
+    assert smoa.load(plain, tmp_path / "adapter") == ["first", "second"]
+    assert torch.equal(plain(X), model(X))
 
 
 # --------------------------------------------------------------------------------------------------
