@@ -910,3 +910,82 @@ TWO_PROCESSES = """
 
 def test_two_processes_learn_what_one_would_from_the_whole_batch(tmp_path):
     run_alone(tmp_path, TWO_PROCESSES, processes=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# FSDP2: weights and factors sharded over two processes
+
+SHARDED = """
+    import sys
+    from pathlib import Path
+
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    import smoa
+
+    rank = int(sys.argv[1])
+    here = Path(__file__).parent
+    meeting = f"file://{here / 'meet'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+    def make(**layer_options):
+        model = net()
+        smoa.inject(model, "0|2", **layer_options)
+        for _, layer in smoa.adapters(model):
+            for B_k in layer.B:
+                nn.init.normal_(B_k)
+        return model
+
+
+    def shard(model):
+        for layer in (model[0], model[2]):
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+
+    def train(model, batch):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(batch).square().sum(-1).mean().backward()
+            optimizer.step()
+
+
+    cases = {"r past K": {"rank": 4, "num_blocks": 2}, "r below K": {"rank": 2, "num_blocks": 3}}
+    for case, layer_options in cases.items():
+        alone, model = make(**layer_options), shard(make(**layer_options))
+        train(alone, x)
+        train(model, x[4 * rank :][:4])
+        expected = smoa.state_dict(alone)
+        for key, value in smoa.state_dict(model).items():
+            torch.testing.assert_close(value, expected.pop(key), msg=f"{case}: {key}")
+        assert not expected
+
+        file = here / f"{case}.{rank}"
+        smoa.save(model, file)
+        plain = net()
+        assert smoa.load(plain, file) == ["0", "2"]
+        torch.testing.assert_close(plain(x), alone(x))
+        torch.testing.assert_close(shard(plain)(x), alone(x))
+        try:
+            smoa.merge(model)
+            raise SystemExit("merged what is sharded")
+        except ValueError as error:
+            assert "sharded" in str(error), error
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_that_shard_a_model_learn_what_one_would(tmp_path):
+    run_alone(tmp_path, SHARDED, processes=2)
