@@ -31,6 +31,9 @@ it can be merged, at no cost            test_merged_forward_equals_unmerged_forw
 """
 
 import doctest
+import re
+import types
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -1091,3 +1094,58 @@ def test_doctests_of_smoa_pass():
     failed, attempted = doctest.testmod(smoa)
     assert attempted > 0
     assert failed == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# The last section of smoa.py makes it faster and leaner, and changes no number
+
+
+def without_its_last_section():
+    """smoa.py as a module of its own, cut before the section and without the call into it."""
+    source = Path(smoa.__file__).read_text(encoding="utf-8")
+    source, cut, _ = source.partition("# Same numbers, less time and memory")
+    source, calls = re.subn(
+        r"        if _is_lean_here\(self, x\):\n            return _lean_forward.*\n", "", source
+    )
+    assert cut and calls == 1 and "lean" not in re.sub(r"#.*", "", source)
+    module = types.ModuleType("plain_smoa")
+    exec(compile(source, "plain_smoa.py", "exec"), module.__dict__)
+    return module
+
+
+plain_smoa = without_its_last_section()
+
+
+def forward_and_backward(module, W0, x, autocast, drawn_options):
+    torch.manual_seed(0)
+    layer = module.SMoALinear(linear(W0), **drawn_options)
+    for j, p in enumerate([*layer.A, *layer.B]):
+        p.data.copy_(normal(*p.shape, seed=j))
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    y.backward(normal(*y.shape, seed=1, dtype=y.dtype))
+    factors = [p for p in [*layer.A, *layer.B] if p.requires_grad]
+    return y.detach().double(), flat([x.grad]), flat([p.grad for p in factors])
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten().double() for tensor in tensors])
+
+
+@pytest.mark.parametrize("limit", [0, 2**20], ids=["lean", "plain"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@given(st.data())
+def test_without_its_last_section_the_file_computes_the_same(limit, autocast, data):
+    dtypes = [torch.float32] if autocast else [torch.float32, torch.float64, *HALVES]
+    W0 = data.draw(weights(dtypes=dtypes))
+    drawn_options = data.draw(options(*W0.shape, alpha=None))
+    x = normal(5, W0.shape[1], seed=data.draw(seeds), dtype=W0.dtype)
+    before, smoa.LEAN_ABOVE = smoa.LEAN_ABOVE, limit
+    lean = forward_and_backward(smoa, W0, x, autocast, drawn_options)
+    smoa.LEAN_ABOVE = before
+    plain = forward_and_backward(plain_smoa, W0, x, autocast, drawn_options)
+    eps = torch.finfo(torch.bfloat16 if autocast else W0.dtype).eps
+    for actual, expected in zip(lean, plain):
+        # Three or four roundings of each product, of which cancellation leaves a part.
+        assert (actual - expected).norm() <= 50 * eps * expected.norm() + 50 * eps
