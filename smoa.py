@@ -518,8 +518,9 @@ def state_dict(model):
     """
     state = {}
     for name, layer in adapters(model):
-        for key, tensor in _layer_state(layer).items():
-            state[_join(name, key)] = tensor
+        with _named_errors(name):
+            for key, tensor in _layer_state(layer).items():
+                state[_join(name, key)] = tensor
     return state
 
 
@@ -619,6 +620,7 @@ def _freeze_all_but_factors(model, new_layers):
 
 
 def _layer_state(layer):
+    _check_not_meta(layer)
     state = {}
     for k, r_k in enumerate(layer.branch_ranks):
         if r_k > 0:
@@ -641,7 +643,8 @@ def _fill(layers, state, check_base):
     """Check a state against {name: layer} as a whole, then copy it into the layers."""
     own = {}
     for name, layer in layers.items():
-        own[name] = _layer_state(layer)
+        with _named_errors(name):
+            own[name] = _layer_state(layer)
         own[name].setdefault("order", _natural_order(layer))
     state = {key: tensor.detach() for key, tensor in state.items()}
     for name in layers:
@@ -693,9 +696,14 @@ def load(model, path, *, check_base=True):
             shapes or its base weights. The model is then as before.
     """
     config, state = _read(path)
+    if isinstance(model, SMoALinear):  # it hangs nowhere, where another could take its place
+        _check_same_config(config, _config(model))
+        load_state_dict(model, state, check_base=check_base)
+        return [""]
     bases = {}
     for name, module in _named_modules(model):
-        bases[name] = module.base if isinstance(module, SMoALinear) else module
+        if name:
+            bases[name] = module.base if isinstance(module, SMoALinear) else module
     missing = sorted(config.keys() - bases.keys())
     _require(not missing, f"the adapter's layers {missing} are not in the model")
     with disabled(model):  # so that each base holds W0 while it is checked
@@ -1036,6 +1044,15 @@ def _check_not_merged(layer):
     )
 
 
+def _check_not_meta(layer):
+    for tensor in [layer.base.weight, *layer.A, *layer.B]:
+        _require(
+            not tensor.is_meta,
+            "weights are on the meta device and have no values: save or load an adapter while "
+            "the model is in memory, before it is offloaded",
+        )
+
+
 def _check_at_hand(layer, x):
     """Offloading and sharding bring weights back within a module's own call, and only there."""
     weight = layer.base.weight
@@ -1076,6 +1093,14 @@ def _check_state(layers, own, state, check_base):
         if check_base:
             key = _join(name, "base_sketch")
             _check_base(name, wanted[key], state[key].to(wanted[key].device))
+
+
+def _check_same_config(config, own_config):
+    _require(
+        config == own_config,
+        f"a lone SMoALinear can take an adapter of its own configuration only, {own_config}; "
+        f"the file's is {config}",
+    )
 
 
 def _check_base(name, sketch, adapter_sketch):

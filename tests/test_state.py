@@ -947,3 +947,43 @@ def test_another_model_is_not_disabled():
     with smoa.disabled(model):
         smoa.inject(other, ["first", "second"], rank=4, num_blocks=2)
         assert torch.equal(fill(other)(X), adapted()(X))
+
+
+# ------------------------------------------------------------------------------------------------
+# A layer that is itself the model; a model without values
+
+
+def lone_layer(seed):
+    torch.manual_seed(seed)
+    return smoa.SMoALinear(nn.Linear(6, 8), rank=4)
+
+
+def test_a_lone_layer_is_saved_and_filled_in_place(file):
+    layer, fresh = fill(lone_layer(0)), lone_layer(0)
+    smoa.save(layer, file)
+    assert smoa.load(fresh, file) == [""]
+    assert torch.equal(fresh(X), layer(X))
+
+
+def test_a_lone_layer_refuses_another_configuration(file):
+    smoa.save(fill(lone_layer(0)), file)
+    other = smoa.SMoALinear(lone_layer(0).base, rank=2)
+    with pytest.raises(ValueError, match="own configuration"):
+        smoa.load(other, file)
+
+
+@pytest.mark.parametrize("verb", ["save", "state_dict", "load_state_dict", "load", "merge"])
+def test_a_model_without_values_is_refused_by_name(verb, file):
+    model = adapted()
+    smoa.save(model, file)
+    state = smoa.state_dict(model)
+    model.to("meta")
+    calls = {
+        "save": lambda: smoa.save(model, file),
+        "state_dict": lambda: smoa.state_dict(model),
+        "load_state_dict": lambda: smoa.load_state_dict(model, state),
+        "load": lambda: smoa.load(model, file),
+        "merge": lambda: smoa.merge(model),
+    }
+    with pytest.raises(ValueError, match="^first: .*meta device"):
+        calls[verb]()
