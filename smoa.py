@@ -44,8 +44,8 @@ When not to use it: the step is scaled by |W0|, so it wants a learning rate seve
 zero weight cannot be adapted (its anchor is zero); and a higher rank is not by itself a better
 result, see README.md. Merge before generating token by token.
 
-Read on in this order, and stop where you like: the order, the layer, the verbs, the file, the door
-(every check and its message), and last what only saves time and memory.
+Read on, and stop where you like: the order, the layer, the verbs, the file, the counts, the door
+(every check and its message), number formats, and last what only saves time and memory.
 """
 
 import contextlib
@@ -101,49 +101,6 @@ def spectral_order(weight):
         return position.round(decimals=6).argsort(stable=True).to(weight.device)
 
     return order(row_energy), order(col_energy)
-
-
-def count_parameters(out_features, in_features, rank, num_blocks):
-    """Trained numbers of one layer: sum_k r_k (m_k + n_k).
-
-    Where num_blocks divides rank, that is LoRA's r (m + n), over K.
-
-    >>> count_parameters(768, 768, rank=8, num_blocks=1)
-    12288
-    >>> count_parameters(768, 768, rank=8, num_blocks=4)
-    3072
-    """
-    sizes = _block_sizes(out_features, in_features, rank, num_blocks)
-    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in sizes)
-
-
-def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
-    """Upper bound on rank(delta_W) where every anchor has full rank. Generic factors reach it.
-
-    sum_k min(m_k, n_k, r_k rank M_k), since rank(X * Y) <= rank X rank Y; without the anchor (LoRA,
-    MELoRA) sum_k min(m_k, n_k, r_k).
-
-    >>> rank_bound(768, 768, rank=8, num_blocks=4)
-    768
-    >>> rank_bound(768, 768, rank=8, num_blocks=4, modulate=False)
-    8
-    """
-    bound = 0
-    for r_k, m_k, n_k in _block_sizes(out_features, in_features, rank, num_blocks):
-        anchor_rank = min(m_k, n_k) if modulate else 1
-        bound += min(m_k, n_k, r_k * anchor_rank)
-    return bound
-
-
-def _block_sizes(out_features, in_features, rank, num_blocks):
-    """[(r_k, m_k, n_k)]: each total cut as evenly as can be, the first pieces one larger."""
-    _check_sizes(out_features, in_features, rank, num_blocks)
-
-    def piece(total, k):
-        return total // num_blocks + (k < total % num_blocks)
-
-    totals = (rank, out_features, in_features)
-    return [tuple(piece(total, k) for total in totals) for k in range(num_blocks)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,7 +250,7 @@ class SMoALinear(nn.Module):
     def forward(self, x):  # (..., n) -> (..., m)
         if self.merged or not self.enabled:
             return _no_gradient_past_merge(self, self.base(x))
-        if _is_lean_here(self, x):
+        if _is_bare(self.base) and not x.is_nested:
             return _lean_forward(self, x)  # the same numbers in less time and memory: last section
         return self.plain_forward(x)
 
@@ -789,6 +746,53 @@ def _whole(tensor):
 
 
 # ------------------------------------------------------------------------------------------------
+# The counts
+
+
+def count_parameters(out_features, in_features, rank, num_blocks):
+    """Trained numbers of one layer: sum_k r_k (m_k + n_k).
+
+    Where num_blocks divides rank, that is LoRA's r (m + n), over K.
+
+    >>> count_parameters(768, 768, rank=8, num_blocks=1)
+    12288
+    >>> count_parameters(768, 768, rank=8, num_blocks=4)
+    3072
+    """
+    sizes = _block_sizes(out_features, in_features, rank, num_blocks)
+    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in sizes)
+
+
+def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
+    """Upper bound on rank(delta_W) where every anchor has full rank. Generic factors reach it.
+
+    sum_k min(m_k, n_k, r_k rank M_k), since rank(X * Y) <= rank X rank Y; without the anchor (LoRA,
+    MELoRA) sum_k min(m_k, n_k, r_k).
+
+    >>> rank_bound(768, 768, rank=8, num_blocks=4)
+    768
+    >>> rank_bound(768, 768, rank=8, num_blocks=4, modulate=False)
+    8
+    """
+    bound = 0
+    for r_k, m_k, n_k in _block_sizes(out_features, in_features, rank, num_blocks):
+        anchor_rank = min(m_k, n_k) if modulate else 1
+        bound += min(m_k, n_k, r_k * anchor_rank)
+    return bound
+
+
+def _block_sizes(out_features, in_features, rank, num_blocks):
+    """[(r_k, m_k, n_k)]: each total cut as evenly as can be, the first pieces one larger."""
+    _check_sizes(out_features, in_features, rank, num_blocks)
+
+    def piece(total, k):
+        return total // num_blocks + (k < total % num_blocks)
+
+    totals = (rank, out_features, in_features)
+    return [tuple(piece(total, k) for total in totals) for k in range(num_blocks)]
+
+
+# ------------------------------------------------------------------------------------------------
 # The door: every check, and what it says
 
 
@@ -1218,54 +1222,127 @@ def _direction_index(s2):
 # Same numbers, less time and memory: delete all from here on, and the two lines of `forward` that
 # call it, and every result stays the same up to rounding (a test does).
 
-
 LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gradient is faster
 
 
-def _is_lean_here(layer, x):
-    """Whether the base is a linear layer and no more: no hook, forward or gradient of its own."""
-    base = layer.base
-    if "forward" in vars(base) or not (layer.transposed or type(base).forward is nn.Linear.forward):
+def _is_bare(base):
+    """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
+    own_forward = "forward" in vars(base) or type(base).forward is not nn.Linear.forward
+    if own_forward and not (_is_conv1d(base) and "forward" not in vars(base)):
         return False
     if base._forward_pre_hooks or base._forward_hooks:
         return False
     if base._backward_pre_hooks or base._backward_hooks:
         return False
-    frozen = not base.weight.requires_grad and not (
-        base.bias is not None and base.bias.requires_grad
-    )
-    return frozen and not x.is_nested
+    return not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
 
 
-def _lean_forward(layer, x):
-    """As `layer.plain_forward(x)`."""
+def _lean_forward(layer, x):  # (..., n) -> (..., m)
+    """As `layer.plain_forward(x)`, over a bare base."""
     if layer.modulate and layer._one_matmul_will_do(x):
-        return _lean_product(layer, x, fold=True)
+        if layer.base.weight.numel() > LEAN_ABOVE:
+            return _product(layer, x, add_W0=True)
+        return F.linear(x, _summed_weight(layer.original_weight(), *_blocks(layer)), layer.bias)
     z = layer._dropped(x)
     z = z.to(_matmul_dtype(z))
     if layer.modulate:
-        update = _lean_product(layer, z, fold=False)
-    else:  # LoRA, MELoRA: a thin detour, (T, n) @ (n, r) @ (r, m) -> (T, m)
-        A, B = _stacked(layer.A, layer.B, layer.rows, layer.cols)
-        update = layer.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
-    return layer.base(x) + update
+        return layer.base(x) + _product(layer, z, add_W0=False)
+    A, B = _stacked(*_blocks(layer)[1:])  # LoRA, MELoRA: a thin detour, first to (..., r)
+    return layer.base(x) + layer.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
 
 
-def _lean_product(layer, x, fold):
-    W0 = layer.original_weight()
-    bias = layer.bias if fold else None
-    factors = [*layer.A, *layer.B]
-    if fold and W0.numel() <= LEAN_ABOVE:
-        stacked = _stacked(layer.A, layer.B, layer.rows, layer.cols)
-        return F.linear(x, _sum(W0, *stacked, layer.scale), bias)
-    orders = layer.row_order, layer.col_order
-    x2 = x.reshape(-1, layer.in_features)  # (T, n)
-    function = _LeanProduct if torch.compiler.is_compiling() else _LeanProductWithTangents
-    y = function.apply(x2, W0, bias, *orders, layer.num_blocks, layer.scale, fold, *factors)
+def _blocks(layer):
+    """What says where delta_W is and what: scale, rows, cols, A, B."""
+    return layer.scale, layer.rows, layer.cols, layer.A, layer.B
+
+
+def _product(layer, x, add_W0):  # (..., n) -> (..., m)
+    """x (W0 + delta_W)^T + bias, or x delta_W^T alone."""
+    orders = (layer.row_order, layer.col_order)
+    options = (layer.num_blocks, layer.scale, add_W0)
+    bias = layer.bias if add_W0 else None
+    flat = x.reshape(-1, layer.in_features)  # (T, n)
+    function = _Product if torch.compiler.is_compiling() else _ProductWithTangents
+    y = function.apply(
+        flat, layer.original_weight(), bias, *orders, *options, *layer.A, *layer.B
+    )  # (T, m)
     return y.view(*x.shape[:-1], layer.out_features)
 
 
-def _stacked(A, B, rows, cols):
+class _Product(torch.autograd.Function):
+    """y = x W^T + bias, where W is W0 + delta_W, or delta_W alone and there is no bias.
+
+    Autograd could differentiate the plain formula as well. This backward is leaner by two things:
+    of the weight's gradient g^T x it computes only the K aligned blocks, and it builds the weight
+    again rather than keep one per layer from the forward to the backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, W0, bias, row_order, col_order, K, scale, add_W0, *factors):
+        blocks = _unpacked(row_order, col_order, K, scale, factors)
+        with _no_autocast(x.device):
+            if add_W0:
+                return F.linear(x, _summed_weight(W0, *blocks), bias)
+            return _block_product(x, W0, *blocks)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W0, _, row_order, col_order, *options, factors = *inputs[:8], inputs[8:]
+        ctx.K, ctx.scale, ctx.add_W0 = options
+        ctx.save_for_backward(x, W0, row_order, col_order, *factors)
+        ctx.save_for_forward(x, W0, row_order, col_order, *factors)
+
+    @staticmethod
+    def backward(ctx, g):  # (T, m)
+        x, W0, row_order, col_order, *factors = ctx.saved_tensors  # (T, n), (m, n)
+        blocks = _unpacked(row_order, col_order, ctx.K, ctx.scale, factors)
+        dx = None
+        dx_blocks, dA, dB = [], [], []
+        with _no_autocast(g.device):
+            if ctx.needs_input_grad[0] and ctx.add_W0:
+                dx = g @ _summed_weight(W0, *blocks).to(g.dtype)  # (T, m) @ (m, n)
+            for rows, cols, A_k, B_k in zip(*blocks[1:]):
+                M_k = _block(W0, rows, cols)
+                g_k = _columns(g, rows)  # (T, m_k)
+                x_k = _columns(x, cols).to(g.dtype)  # (T, n_k)
+                G_k = (g_k.mT @ x_k).to(A_k.dtype) * M_k  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
+                dA.append(ctx.scale * (B_k.mT @ G_k))
+                dB.append(ctx.scale * (G_k @ A_k.mT))
+                if ctx.needs_input_grad[0] and not ctx.add_W0:
+                    D_k = ctx.scale * (B_k @ A_k) * M_k
+                    dx_blocks.append(g_k @ D_k.to(g.dtype))  # (T, m_k) @ (m_k, n_k)
+            if dx_blocks:
+                dx = torch.cat(dx_blocks, -1).index_select(-1, col_order.argsort())
+        return dx, *[None] * 7, *dA, *dB
+
+
+class _ProductWithTangents(_Product):
+    """The same for forward-mode differentiation, by a rule that torch.compile refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx, x_t, W0_t, bias_t, *others):
+        """Linear in x, in W0, in A and in B: one term for the tangent of each."""
+        x, W0, row_order, col_order, *factors = ctx.saved_tensors
+        scale, rows, cols, A, B = _unpacked(row_order, col_order, ctx.K, ctx.scale, factors)
+        A_t, B_t = others[5 : 5 + ctx.K], others[5 + ctx.K :]
+        with _no_autocast(x.device):
+            y_t = _block_product(x_t, W0, scale, rows, cols, A, B)
+            y_t = y_t + _block_product(x, W0_t, scale, rows, cols, A, B)
+            y_t = y_t + _block_product(x, W0, scale, rows, cols, A_t, B)
+            y_t = y_t + _block_product(x, W0, scale, rows, cols, A, B_t)
+            if ctx.add_W0:
+                y_t = y_t + F.linear(x_t, W0, bias_t) + F.linear(x, W0_t)
+        return y_t
+
+
+def _unpacked(row_order, col_order, K, scale, factors):
+    """scale, rows, cols, A, B, as `_blocks` has them, of what a Function can take and save."""
+    return scale, row_order.tensor_split(K), col_order.tensor_split(K), factors[:K], factors[K:]
+
+
+def _stacked(rows, cols, A, B):
     """The pairs as one, A (r, n) and B (m, r): B A is B_k A_k in the blocks and 0 elsewhere."""
     A, B = torch.block_diag(*A), torch.block_diag(*B)  # in spectral order
     A = torch.empty_like(A).index_copy(1, torch.cat(cols), A)
@@ -1273,8 +1350,9 @@ def _stacked(A, B, rows, cols):
     return A, B
 
 
-def _sum(W0, A, B, scale):
-    """W0 + delta_W = W0 * (1 + scale B A), (m, n), from a stacked pair."""
+def _summed_weight(W0, scale, rows, cols, A, B):
+    """W0 + delta_W = W0 * (1 + scale B A), (m, n), by one product of the stacked pairs."""
+    A, B = _stacked(rows, cols, A, B)
     with _no_autocast(W0.device):
         one = W0.new_ones(())
         if W0.is_contiguous():
@@ -1286,77 +1364,13 @@ def _sum(W0, A, B, scale):
     return factor.mul_(W0)  # nobody watches: no second buffer of W0's size
 
 
-class _LeanProduct(torch.autograd.Function):
-    """y = x W^T + bias, with W = W0 + delta_W if `fold`, else W = delta_W and no bias.
-
-    Autograd could differentiate the plain formula as well. This backward is leaner by two things:
-    of the weight's gradient g^T x it computes only the K aligned blocks, and it builds the weight
-    again rather than keep one per layer from the forward to the backward.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, W0, bias, row_order, col_order, K, scale, fold, *factors):
-        with _no_autocast(x.device):
-            if fold:
-                return F.linear(x, _fold(W0, row_order, col_order, K, scale, factors), bias)
-            return _block_product(x, W0, row_order, col_order, K, scale, factors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, W0, _, row_order, col_order, K, scale, fold, *factors = inputs
-        ctx.save_for_backward(x, W0, row_order, col_order, *factors)
-        ctx.save_for_forward(x, W0, row_order, col_order, *factors)
-        ctx.K = K
-        ctx.scale = scale
-        ctx.fold = fold
-
-    @staticmethod
-    def backward(ctx, g):
-        x, W0, row_order, col_order, *factors = ctx.saved_tensors  # (T, n), (m, n)
-        K, scale = ctx.K, ctx.scale
-        dx = None
-        dx_blocks = []
-        dA, dB = [None] * K, [None] * K
-        with _no_autocast(g.device):
-            if ctx.needs_input_grad[0] and ctx.fold:
-                dx = g @ _fold(W0, row_order, col_order, K, scale, factors).to(g.dtype)
-            blocks = zip(row_order.tensor_split(K), col_order.tensor_split(K), factors, factors[K:])
-            for k, (rows, cols, A_k, B_k) in enumerate(blocks):
-                M_k = _block(W0, rows, cols)
-                g_k = _columns(g, rows)  # (T, m_k)
-                if ctx.needs_input_grad[0] and not ctx.fold:
-                    D_k = (scale * (B_k @ A_k) * M_k).to(g.dtype)
-                    dx_blocks.append(g_k @ D_k)  # (T, m_k) @ (m_k, n_k) -> (T, n_k)
-                if len(A_k) > 0:
-                    x_k = _columns(x, cols).to(g.dtype)  # (T, n_k)
-                    G_k = (g_k.mT @ x_k).to(A_k.dtype) * M_k  # (m_k, n_k)
-                    dA[k] = scale * (B_k.mT @ G_k)
-                    dB[k] = scale * (G_k @ A_k.mT)
-            if dx_blocks:
-                dx = torch.cat(dx_blocks, -1).index_select(-1, col_order.argsort())
-        return dx, None, None, None, None, None, None, None, *dA, *dB
-
-
-class _LeanProductWithTangents(_LeanProduct):
-    """The same for forward-mode differentiation, by a rule that torch.compile refuses to trace."""
-
-    @staticmethod
-    def jvp(ctx, x_t, W0_t, bias_t, *others):
-        """Linear in x, in W0, in A and in B: one term for the tangent of each."""
-        x, W0, row_order, col_order, *factors = ctx.saved_tensors
-        blocks = (row_order, col_order, ctx.K, ctx.scale)
-        A, B = factors[: ctx.K], factors[ctx.K :]
-        A_t, B_t = others[5 : 5 + ctx.K], others[5 + ctx.K :]
-        with _no_autocast(x.device):
-            y_t = _block_product(x_t, W0, *blocks, factors)
-            y_t = y_t + _block_product(x, W0_t, *blocks, factors)
-            y_t = y_t + _block_product(x, W0, *blocks, [*A_t, *B])
-            y_t = y_t + _block_product(x, W0, *blocks, [*A, *B_t])
-            if ctx.fold:
-                y_t = y_t + F.linear(x_t, W0, bias_t) + F.linear(x, W0_t)
-        return y_t
+def _block_product(x, W0, scale, rows, cols, A, B):
+    """x delta_W^T without the zeros of delta_W, (T, n) -> (T, m)."""
+    y = []
+    for rows_k, cols_k, A_k, B_k in zip(rows, cols, A, B):
+        D_k = scale * (B_k @ A_k) * _block(W0, rows_k, cols_k)
+        y.append(F.linear(_columns(x, cols_k), D_k.to(x.dtype)))  # (T, n_k) @ (n_k, m_k)
+    return torch.cat(y, -1).index_select(-1, torch.cat(rows).argsort())
 
 
 def _columns(x, index):
@@ -1367,18 +1381,3 @@ def _columns(x, index):
 def _block(W, rows, cols):
     """W[rows][:, cols], in a third of the time."""
     return W.index_select(0, rows).index_select(1, cols)
-
-
-def _fold(W0, row_order, col_order, K, scale, factors):
-    rows, cols = row_order.tensor_split(K), col_order.tensor_split(K)
-    return _sum(W0, *_stacked(factors[:K], factors[K:], rows, cols), scale)
-
-
-def _block_product(x, W0, row_order, col_order, K, scale, factors):
-    """x delta_W^T without the zeros of delta_W, (T, n) -> (T, m)."""
-    y = []
-    blocks = zip(row_order.tensor_split(K), col_order.tensor_split(K), factors, factors[K:])
-    for rows, cols, A_k, B_k in blocks:
-        D_k = scale * (B_k @ A_k) * _block(W0, rows, cols)
-        y.append(F.linear(_columns(x, cols), D_k.to(x.dtype)))  # (T, n_k) @ (n_k, m_k)
-    return torch.cat(y, -1).index_select(-1, row_order.argsort())
