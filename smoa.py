@@ -132,8 +132,7 @@ class SMoALinear(nn.Module):
             that read them past `forward`, as nn.MultiheadAttention does.
         merged: whether `base.weight` holds W0 + delta_W.
     Raises:
-        TypeError: `base` is no linear layer, or its weight no dense 2-D floating tensor.
-        ValueError: anything else is out of range.
+        TypeError: `base` is no linear layer. ValueError: anything else is out of range.
     """
 
     def __init__(
@@ -256,27 +255,15 @@ class SMoALinear(nn.Module):
 
     def plain_forward(self, x):  # (..., n) -> (..., m)
         """The formula: the base runs with W0 + delta_W for its weight, or beside x delta_W^T."""
-        if self._one_matmul_will_do(x):
+        if _one_matmul_will_do(self, x):
             return functional_call(self.base, {"weight": self.weight}, (x,))
         return _add_within(self.base, x, self.update)
 
     def update(self, x):  # (..., n) -> (..., m)
         """x delta_W^T, with dropout on x."""
         _check_at_hand(self, x)
-        return F.linear(self._dropped(x), self.delta_weight().to(_matmul_dtype(x)))
-
-    def _one_matmul_will_do(self, x):
-        """Whether x (W0 + delta_W)^T says the same as x W0^T + x delta_W^T."""
-        if self.base._forward_pre_hooks:  # they may bring another W0, or take one away after
-            return False
-        _check_at_hand(self, x)
-        half = {_matmul_dtype(x), self.base.weight.dtype} & {torch.float16, torch.bfloat16}
-        if half:  # the sum would be rounded, and a small delta_W lost in it
-            return False
-        return not (self.training and self.dropout)  # which is for the input of delta_W alone
-
-    def _dropped(self, x):
-        return F.dropout(x, self.dropout, self.training)
+        z = F.dropout(x, self.dropout, self.training)
+        return F.linear(z, self.delta_weight().to(_matmul_dtype(x)))
 
     # ---- merging
 
@@ -313,10 +300,9 @@ class SMoALinear(nn.Module):
         return torch.cat([self.row_order, self.col_order]).int()
 
     def set_extra_state(self, orders):
-        orders = orders.tensor_split([self.out_features])
-        device = self.row_order.device
-        pair = _checked_orders(orders, self.out_features, self.in_features, device)
-        self.row_order, self.col_order = pair
+        m, n = self.out_features, self.in_features
+        orders = _checked_orders(orders.tensor_split([m]), m, n, self.row_order.device)
+        self.row_order, self.col_order = orders
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.unmerge()
@@ -336,8 +322,6 @@ class SMoALinear(nn.Module):
     def extra_repr(self):
         names = ("rank", "num_blocks", "alpha", "dropout", "modulate")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-    # ---- small tools
 
     def _turn(self, W):
         """From the base's own orientation to (m, n), or back."""
@@ -1155,6 +1139,17 @@ def _no_gradient_past_merge(layer, tensor):
 _TINY = torch.finfo(torch.float64).tiny
 
 
+def _one_matmul_will_do(layer, x):
+    """Whether x (W0 + delta_W)^T says the same as x W0^T + x delta_W^T."""
+    if layer.base._forward_pre_hooks:  # they may bring another W0, or take one away after
+        return False
+    _check_at_hand(layer, x)
+    half = {_matmul_dtype(x), layer.base.weight.dtype} & {torch.float16, torch.bfloat16}
+    if half:  # the sum would be rounded, and a small delta_W lost in it
+        return False
+    return not (layer.training and layer.dropout)  # which is for the input of delta_W alone
+
+
 def _matmul_dtype(x):
     """The dtype in which F.linear multiplies x: under autocast another one than its own."""
     kind = x.device.type
@@ -1239,11 +1234,11 @@ def _is_bare(base):
 
 def _lean_forward(layer, x):  # (..., n) -> (..., m)
     """As `layer.plain_forward(x)`, over a bare base."""
-    if layer.modulate and layer._one_matmul_will_do(x):
+    if layer.modulate and _one_matmul_will_do(layer, x):
         if layer.base.weight.numel() > LEAN_ABOVE:
             return _product(layer, x, add_W0=True)
         return F.linear(x, _summed_weight(layer.original_weight(), *_blocks(layer)), layer.bias)
-    z = layer._dropped(x)
+    z = F.dropout(x, layer.dropout, layer.training)
     z = z.to(_matmul_dtype(z))
     if layer.modulate:
         return layer.base(x) + _product(layer, z, add_W0=False)
