@@ -1,7 +1,7 @@
 """A small decoder-only GPT in plain PyTorch, to be read in one sitting.
 
-It knows nothing of adapters: SMoA reaches it by `inject` alone. After nanoGPT (pre-norm blocks, tied
-embedding and head, no biases), with two changes that pay at this size: rotary positions
+It knows nothing of adapters: SMoA reaches it by `inject` alone. After nanoGPT (pre-norm blocks,
+tied embedding and head, no biases), with two changes that pay at this size: rotary positions
 (2104.09864), and a token shift (RWKV, 2305.13048): before attention and before the MLP each channel
 mixes in the position before it, by a share that it learns, so that pairs of characters need no
 attention head to meet.

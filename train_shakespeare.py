@@ -14,7 +14,6 @@ stopped goes on. From top to bottom here: training -> the base -> a method -> th
 flags are in plan.py, the texts in texts.py.
 """
 
-import contextlib
 import copy
 import gc
 import hashlib
@@ -22,7 +21,6 @@ import io
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -36,7 +34,7 @@ from tqdm import tqdm
 
 import smoa
 from gpt_mini import GPT, GPTConfig
-from plan import Recipe, UsageError, make_plan, process
+from plan import Recipe, UsageError, errors_in_one_line, make_plan, process
 from texts import Vocabulary as Vocabulary
 from texts import corpus as corpus
 from texts import load_texts
@@ -46,7 +44,7 @@ TEST_WINDOWS = 2000  # of the held-out text, evenly spread: a third of the plays
 SAMPLE_LENGTH = 300  # characters
 
 
-class Diverged(Exception):
+class Diverged(UsageError):
     """A training whose numbers are no longer finite, or a base that is worse than guessing."""
 
 
@@ -332,7 +330,7 @@ def run_method(plan, texts, base, method):
         model, training = adapt(plan, texts, base, method)
         row |= training | measure(model, texts)
     except (Diverged, torch.linalg.LinAlgError) as error:
-        return row | dict(diverged=str(error)), None
+        return row | dict(diverged=str(error).splitlines()[0]), None
     path = plan.out / f"{method}.pt"
     if method == "full":
         write(path, model.state_dict())
@@ -408,34 +406,6 @@ def run(plan):
     say(f"\n{report(results)}\n")
     say("Losses in nats a character on held-out text, before -> after.")
     say(f"{time.time() - begin:.0f} s in all; everything is in {plan.out}")
-
-
-def one_line(error):
-    """The error for the person at the keyboard; None where it is a fault of the program."""
-    if isinstance(error, UsageError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    memory = re.search("out of memory|allocate memory|not enough memory", str(error))
-    if memory or isinstance(error, MemoryError):
-        return "out of memory: give a smaller --batch-size, or another --preset or --device"
-    return None
-
-
-@contextlib.contextmanager
-def errors_in_one_line():
-    """What the person at the keyboard can put right ends the command in one line, exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show, it shows as its code
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        if process()[0] == 0:
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(argv=None):

@@ -24,13 +24,12 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import smoa  # noqa: E402
-from plan import PRESETS, Parser, UsageError, make_plan  # noqa: E402
+from plan import PRESETS, Parser, UsageError, errors_in_one_line, make_plan  # noqa: E402
 from texts import Vocabulary, corpus, load_texts  # noqa: E402
 from train_shakespeare import (  # noqa: E402
     TARGETS,
     Diverged,
     adapter_options,
-    errors_in_one_line,
     evaluate,
     mean_rank,
     open_out,
