@@ -1,332 +1,139 @@
 """SMoA, the Spectrum Modulation Adapter, in one file to read, check and copy.
 
-Liu et al., "SMoA: Spectrum Modulation Adapter for Parameter-Efficient Fine-Tuning", arXiv 2605.21147 (2026).
+Liu et al., "SMoA: Spectrum Modulation Adapter for Parameter-Efficient Fine-Tuning",
+arXiv 2605.21147 (2026).
 
-A frozen weight W0 gets an update of high rank from few parameters. Order the rows and the columns of W0 by their place in
-its singular spectrum, cut both orders into K pieces, and let one low-rank pair modulate each of the K aligned blocks:
+A frozen weight W0 gets an update of high rank from few parameters. Order the rows and the columns
+of W0 by their place in its singular spectrum, cut both orders into K pieces, and let one low-rank
+pair modulate each of the K aligned blocks:
 
-    W0          = U diag(s) Vh                                   s descending, q = min(m, n) directions
-    p_i         = sum_j j (s_j U_ij)^2 / sum_j (s_j U_ij)^2      position of row i; of a column, the same with V
-    rows_k      = piece k of argsort(p) over the rows            cols_k likewise; pieces as torch.tensor_split
-    M_k         = W0[rows_k, cols_k]                             the anchor, read from W0 itself, never stored again
-    delta_W     = (alpha / r) (B_k A_k) * M_k  at (rows_k, cols_k), k = 1..K, and zero everywhere else
-    y           = x (W0 + delta_W)^T + bias
+    W0       = U diag(s) Vh                                 s descending, q = min(m, n) directions
+    p_i      = sum_j j (s_j U_ij)^2 / sum_j (s_j U_ij)^2    position of row i; of a column: with V
+    rows_k   = piece k of argsort(p) over the rows          cols_k likewise, as torch.tensor_split
+    M_k      = W0[rows_k, cols_k]                           the anchor: W0 itself, no second copy
+    delta_W  = (alpha / r) (B_k A_k) * M_k                  at (rows_k, cols_k); 0 elsewhere
+    y        = x (W0 + delta_W)^T + bias
 
-    m, n   out_features, in_features        A_k   (r_k, n_k)   Kaiming-uniform, as nn.Linear
-    r, K   rank budget, number of blocks    B_k   (m_k, r_k)   zero, so that delta_W = 0 at the start, exactly
-    r_k    rank of branch k, sum_k r_k = r  M_k   (m_k, n_k)   frozen
+    m, n   out_features, in_features         A_k   (r_k, n_k)   Kaiming-uniform, as nn.Linear
+    r, K   rank budget, number of blocks     B_k   (m_k, r_k)   zero: delta_W = 0 at the start
+    r_k    rank of branch k, sum r_k = r     M_k   (m_k, n_k)   frozen
+    T      rows of x: tokens, samples        x     (T, n), or (..., n)
 
-Trained: sum_k r_k (m_k + n_k) numbers, r (m + n) / K where K divides r: K times fewer than LoRA of rank r. The rank of
-delta_W can still reach sum_k min(m_k, n_k, r_k rank M_k), since a Hadamard product multiplies ranks; LoRA's stops at r.
+Trained: sum_k r_k (m_k + n_k) numbers, r (m + n) / K where K divides r: K times fewer than LoRA of
+rank r. The rank of delta_W can still reach sum_k min(m_k, n_k, r_k rank M_k), since a Hadamard
+product multiplies ranks; LoRA's stops at r.
 
-One square holds the family: `num_blocks=1, modulate=False` is LoRA (2106.09685), `num_blocks=1` is HiRA (ICLR 2025),
-`modulate=False, order="natural"` is MELoRA (2402.17263), and the default is SMoA.
+One square holds the family: `num_blocks=1, modulate=False` is LoRA (2106.09685), `num_blocks=1`
+is HiRA (ICLR 2025), `modulate=False, order="natural"` is MELoRA (2402.17263), the default is SMoA.
 
-    names = smoa.inject(model, ["q_proj", "v_proj"], rank=8, num_blocks=4)   # the rest of the model is frozen
-    ...                                                                      # train as ever
-    smoa.save(model, "adapter.pt")                                           # factors, orders, configuration
-    smoa.load(fresh_model, "adapter.pt"); smoa.merge(fresh_model)            # runs at the base's own speed
+    names = smoa.inject(model, ["q_proj", "v_proj"], rank=8, num_blocks=4)  # the rest is frozen
+    ...                                                                     # train as ever
+    smoa.save(model, "adapter.pt")                                          # a file of its own
+    smoa.load(fresh_model, "adapter.pt")
+    smoa.merge(fresh_model)                                                 # at the base's speed
 
 Where this file departs from the paper's code, and why:
-- The order is saved with the factors. Close positions sort differently on another machine, and the factors would land elsewhere.
-- Equal singular values share their mean index and positions are compared to 6 decimals, so that exact ties go by index, not by rounding.
-- With one block the order changes nothing, so none is computed: the factors of K = 1 are in the coordinates of the weight.
+- The order is saved with the factors. Close positions sort differently on another machine, and
+  the factors would land elsewhere.
+- Equal singular values share their mean index, and positions are compared to 6 decimals, so that
+  exact ties go by index, not by rounding.
+- With one block the order changes nothing, so none is computed.
 - Merging puts W0's own blocks aside and unmerging puts them back: bit for bit, in every dtype.
 
-When not to use it: the step is scaled by |W0|, so it wants a learning rate several times LoRA's; a zero weight cannot be
-adapted (its anchor is zero); and a higher rank is not by itself a better result, see README.md. Merge before generating token by token:
-unmerged, a forward forms W0 + delta_W, which costs as much as r more tokens.
+When not to use it: the step is scaled by |W0|, so it wants a learning rate several times LoRA's; a
+zero weight cannot be adapted (its anchor is zero); and a higher rank is not by itself a better
+result, see README.md. Merge before generating token by token.
+
+Read on, and stop where you like: the order, the layer, the verbs, the file, the counts, the door
+(every check and its message), number formats, and last what only saves time and memory.
 """
 
 import contextlib
 import hashlib
 import io
+import os
 import pathlib
 import re
+import shutil
 import tempfile
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
-
-def _require(condition, message, error=ValueError):
-    if not condition:
-        raise error(message)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pure functions: the order, the sizes, the counts
-
-
-def _block_sizes(out_features, in_features, rank, num_blocks):
-    """[(r_k, m_k, n_k)]: each total cut as `torch.tensor_split` cuts, as evenly as possible, the first pieces get the remainder."""
-    for name, value in (
-        ("out_features", out_features),
-        ("in_features", in_features),
-        ("rank", rank),
-        ("num_blocks", num_blocks),
-    ):
-        _require(
-            isinstance(value, int) and value >= 1,
-            f"{name} must be a whole number of at least 1, got {value!r}",
-        )
-    _require(
-        num_blocks <= min(out_features, in_features),
-        f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: at most {min(out_features, in_features)} blocks do",
-    )
-    return [
-        tuple(
-            total // num_blocks + (k < total % num_blocks)
-            for total in (rank, out_features, in_features)
-        )
-        for k in range(num_blocks)
-    ]
-
-
-def _check_weight(weight):
-    _require(
-        isinstance(weight, torch.Tensor),
-        f"a weight must be a 2-D floating tensor, got {type(weight).__name__}",
-        TypeError,
-    )
-    _require(
-        weight.ndim == 2 and weight.is_floating_point(),
-        f"a linear layer's weight must be a 2-D floating tensor, got {weight.dtype} of shape {tuple(weight.shape)}",
-        TypeError,
-    )
-    _require(
-        not weight.is_meta,
-        "the weight is on the meta device and has no values to order by: load or initialise the model first",
-    )
-    _require(
-        torch.isfinite(weight).all(),
-        "the weight holds NaN or infinity: a spectrum needs finite numbers",
-    )
+# ------------------------------------------------------------------------------------------------
+# The order
 
 
 def spectral_order(weight):
-    """Rows and columns of a weight, sorted by their energy-weighted mean position in its singular spectrum.
+    """Rows and columns of a weight, sorted by their mean position in its singular spectrum.
+
+    With W = U diag(s) Vh, row i spreads its energy (s_j U_ij)^2 over the directions j; its position
+    is the mean j, weighted with that energy. Of a column: the same with V.
 
     Args:
         weight: (m, n), floating, finite, any device. Computed in float64.
     Returns:
-        row_order (m,) and col_order (n,), int64 permutations on the weight's device; ties keep their natural order.
+        row_order (m,) and col_order (n,), int64 permutations on the weight's device. Ties keep
+        their natural order; a zero row or column has position 0.
     Raises:
-        TypeError, ValueError: the weight is not 2-D floating, is on the meta device, or is not finite.
-    Source: 2605.21147. The energies need one eigendecomposition of the smaller Gram matrix, W^T W = V s^2 V^T, not an SVD.
+        TypeError: the weight is no dense 2-D floating tensor.
+        ValueError: it has no values (meta device), or not only finite ones.
+    Source: 2605.21147.
 
     >>> spectral_order(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
     (tensor([1, 2, 0]), tensor([1, 2, 0]))
     """
     _check_weight(weight)
-    W = weight.detach().to(
-        "cpu" if weight.device.type == "mps" else weight.device, torch.float64
-    )  # mps has no float64
-    W = W / W.abs().max().clamp(
-        min=torch.finfo(W.dtype).tiny
-    )  # scale-free: squares can neither overflow nor vanish
-    wide = W.shape[0] < W.shape[1]
-    W = W.mT if wide else W  # (tall, q)
-    s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
-    s2, V = s2.flip(0).clamp(min=0), V.flip(1)
-    norms = W.square().sum(0)  # (q,), of the columns
-    column_energy = (
-        s2 * V.square() * (norms > 0)[:, None]
-    )  # (s_j V_ij)^2, exactly 0 for a zero column
-    if (
-        (0 < norms) & (norms < 1e-7 * s2[0])
-    ).any():  # such a small column drowns in the rounding of the Gram matrix
-        U, s, Vh = torch.linalg.svd(W, full_matrices=False)
-        s2, V, column_energy = s.square(), Vh.mT, (W.mT @ U).square()
-    row_energy = (W @ V).square()  # (s_j U_ij)^2, accurate relative to each row
+    W = _scaled_to_one(weight)
+    if W.shape[0] < W.shape[1]:  # so that W^T W below is the smaller one of two Gram matrices
+        col_order, row_order = spectral_order(weight.mT)
+        return row_order, col_order
 
-    # Within equal singular values the basis is free, so their directions share one index, the mean.
-    group = F.pad(
-        (s2[:-1] - s2[1:] > 2e-9 * s2[:-1] + 1e-14 * s2[0]).long().cumsum(0), (1, 0)
-    )  # 1e-14: the rounding of the Gram matrix
-    size = group.bincount().to(s2)
-    index = (size.cumsum(0) - (size + 1) / 2)[group]  # 0..q-1 where all are apart
+    s2, V, col_energy = _right_singular(W)  # s_j^2 (n,), V (n, n), s_j^2 V_ij^2 (n, n)
+    row_energy = (W @ V).square()  # s_j^2 U_ij^2 (m, n), since W V = U diag(s)
+    index = _direction_index(s2)  # 0, 1, ..., n - 1
 
-    def order(energy):
-        position = (
-            energy @ index / energy.sum(1).clamp(min=torch.finfo(s2.dtype).tiny)
-        )  # a zero row stays at 0
-        return torch.argsort(position.round(decimals=6), stable=True).to(weight.device)
+    def order(energy):  # (size, n) -> (size,)
+        position = energy @ index / energy.sum(1).clamp(min=_TINY)  # a zero row stays at 0
+        # Ties must go by index, and rounding errors are far below 1e-6.
+        return position.round(decimals=6).argsort(stable=True).to(weight.device)
 
-    return (
-        (order(column_energy), order(row_energy))
-        if wide
-        else (order(row_energy), order(column_energy))
-    )
+    return order(row_energy), order(col_energy)
 
 
-def count_parameters(out_features, in_features, rank, num_blocks):
-    """Trained numbers of one layer, sum_k r_k (m_k + n_k). For rank divisible by num_blocks: LoRA's r (m + n), over K.
-
-    >>> count_parameters(768, 768, rank=8, num_blocks=1), count_parameters(768, 768, rank=8, num_blocks=4)
-    (12288, 3072)
-    """
-    return sum(
-        r_k * (m_k + n_k)
-        for r_k, m_k, n_k in _block_sizes(out_features, in_features, rank, num_blocks)
-    )
-
-
-def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
-    """Upper bound on rank(delta_W) where every anchor has full rank: sum_k min(m_k, n_k, r_k rank M_k).
-
-    Without the anchor (`modulate=False`, LoRA and MELoRA) it is sum_k min(m_k, n_k, r_k). Reached by generic factors.
-
-    >>> rank_bound(768, 768, rank=8, num_blocks=4), rank_bound(768, 768, rank=8, num_blocks=4, modulate=False)
-    (768, 8)
-    """
-    sizes = _block_sizes(out_features, in_features, rank, num_blocks)
-    return sum(min(m_k, n_k, r_k * (min(m_k, n_k) if modulate else 1)) for r_k, m_k, n_k in sizes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The layer
 
 
-def _fold(W0, A, B, scale, modulate):
-    """W0 + delta_W, (m, n), from the stacked pair A (r, n), B (m, r)."""
-    with torch.autocast(W0.device.type, enabled=False):
-        D = (
-            B @ A if W0.is_contiguous() else (A.mT @ B.mT).mT
-        )  # (m, r) @ (r, n) -> (m, n), in W0's memory layout
-    out = None if torch.is_grad_enabled() else D  # reuse the buffer where autograd does not watch
-    return (
-        torch.addcmul(W0, D, W0, value=scale, out=out)
-        if modulate
-        else torch.add(W0, D, alpha=scale, out=out)
-    )
-
-
-def _stack(factors, rows, cols):
-    """The pairs A_1..A_K, B_1..B_K as one, A (r, n) and B (m, r): their product is B_k A_k at (rows_k, cols_k) and 0 elsewhere."""
-    A, B = (
-        torch.block_diag(*factors[: len(rows)]),
-        torch.block_diag(*factors[len(rows) :]),
-    )  # in spectral order
-    return torch.empty_like(A).index_copy(1, torch.cat(cols), A), torch.empty_like(B).index_copy(
-        0, torch.cat(rows), B
-    )
-
-
-_PLAIN_UP_TO = (
-    2**17
-)  # weights in a layer; below that, autograd's full weight gradient takes less time than gathering blocks for a part of it
-
-
-class _FoldedLinear(torch.autograd.Function):
-    """y = x W^T + bias with W = W0 + delta_W. In one line, which autograd could also differentiate:
-
-        y = F.linear(x, _fold(W0, *_stack(factors, rows, cols), scale, modulate=True), bias)
-
-    This backward is leaner by two things: of the weight gradient g^T x it computes only the K aligned blocks, 1/K of
-    the work, and it builds W again rather than keep one per layer from the forward to the backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W0, bias, rows, cols, scale, *factors):
-        ctx.save_for_backward(x, W0, *factors)
-        ctx.rows, ctx.cols, ctx.scale = rows, cols, scale
-        return F.linear(x, _fold(W0, *_stack(factors, rows, cols), scale, modulate=True), bias)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, W0, *factors = ctx.saved_tensors  # (T, n), (m, n)
-        K, grads = len(ctx.rows), [None] * len(factors)
-        # (T, m) @ (m, n) -> (T, n)
-        dx = (
-            g
-            @ _fold(W0, *_stack(factors, ctx.rows, ctx.cols), ctx.scale, modulate=True).to(g.dtype)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        for k, (rows, cols, A_k, B_k) in enumerate(zip(ctx.rows, ctx.cols, factors, factors[K:])):
-            if len(A_k):
-                g_k, x_k = (
-                    g.gather(1, rows.expand(len(g), -1)),
-                    x.gather(1, cols.expand(len(x), -1)).to(g.dtype),
-                )
-                G_k = (g_k.mT @ x_k).to(A_k.dtype) * W0.index_select(0, rows).index_select(
-                    1, cols
-                )  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
-                grads[k], grads[K + k] = ctx.scale * (B_k.mT @ G_k), ctx.scale * (G_k @ A_k.mT)
-        return dx, None, None, None, None, None, *grads
-
-
-def _permutation(order, size, name):
-    """An order from outside, as an int64 tensor of its own."""
-    order = torch.as_tensor(order if isinstance(order, torch.Tensor) else list(order))
-    _require(
-        not order.is_floating_point() and sorted(order.tolist()) == list(range(size)),
-        f"{name} must be a permutation of 0..{size - 1}, got {order}",
-    )
-    return order.long().clone()
-
-
-def _is_conv1d(base):
-    """GPT-2's Conv1D of Hugging Face: a linear layer that keeps its weight as (in, out)."""
-    return any(cls.__name__ == "Conv1D" for cls in type(base).__mro__)
-
-
-def _check_linear(base):
-    """Raise unless `base` can be wrapped: a 2-D floating finite `weight` and a `bias` that is None or matches it."""
-    kind = type(base).__name__
-    _require(
-        not isinstance(base, SMoALinear),
-        "this layer is adapted already: unload it first, or load another adapter onto the model",
-    )
-    linear = (
-        isinstance(base, nn.Module)
-        and hasattr(base, "weight")
-        and hasattr(base, "bias")
-        and not hasattr(base, "normalized_shape")
-    )
-    _require(
-        linear,
-        f"{kind} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias",
-        TypeError,
-    )
-    _require(
-        "weight" in base._parameters,
-        f"the weight of this {kind} is computed, by a parametrization or a hook: remove that first",
-        TypeError,
-    )
-    _check_weight(base.weight)
-    m = base.weight.shape[1 if _is_conv1d(base) else 0]
-    _require(
-        base.bias is None or base.bias.shape == (m,),
-        f"{kind} is no linear layer: its bias is {getattr(base.bias, 'shape', None)}, not ({m},)",
-        TypeError,
-    )
-
-
 class SMoALinear(nn.Module):
-    """A linear layer with a frozen base and a trainable update, y = x (W0 + delta_W)^T + bias.
+    """A linear layer with a frozen base and a trained update, y = x (W0 + delta_W)^T + bias.
 
     Args:
-        base: nn.Linear, a module with the same `weight` (m, n) and `bias` (m,) or None, or GPT-2's Conv1D with `weight` (n, m).
-            Kept as `.base` and frozen, never copied or re-initialised.
+        base: nn.Linear, a module with the same `weight` (m, n) and `bias` (m,) or None, or GPT-2's
+            Conv1D, whose `weight` is (n, m). Kept as `.base` and frozen, never copied.
         rank: r >= 1, the sum of the branch ranks.
         num_blocks: K, 1 to min(m, n).
-        alpha: the update is scaled by alpha / rank; None means alpha = rank, scale 1.
-        dropout: probability in [0, 1) on the adapter's input, never on the base's.
-        branch_ranks: K ranks that sum to `rank`; None splits it evenly, the first get the remainder, so r < K leaves blocks without a branch.
-        modulate: multiply by the anchor; False leaves B_k A_k alone.
-        order: "spectral", "natural", or a pair of permutations (rows (m,), columns (n,)). With one block "spectral" is "natural".
+        alpha: the update is scaled by alpha / rank. None: alpha = rank, scale 1.
+        dropout: probability in [0, 1) on the update's input, never on the base's.
+        branch_ranks: K ranks that sum to `rank`. None: as even as can be, the first ones larger, so
+            that r < K leaves blocks without a branch.
+        modulate: multiply by the anchor. False leaves B_k A_k alone.
+        order: "spectral", "natural", or a pair of permutations (rows (m,), columns (n,)). With one
+            block "spectral" is "natural".
 
     Attributes:
-        A, B: `A[k]` (r_k, n_k) and `B[k]` (m_k, r_k), in float32, or float64 over a float64 base.
-        row_order (m,), col_order (n,): int64 buffers; `rows[k]`, `cols[k]` are their pieces.
-        weight, bias: W0 + delta_W, in the base's own orientation and rounded to its dtype. For parents that read them past
-            `forward`, as nn.MultiheadAttention does.
+        A, B: lists; A[k] (r_k, n_k) and B[k] (m_k, r_k) are parameters `A_k` and `B_k` in float32,
+            in float64 over a float64 base. A branch of rank 0 has none: its entries are empty.
+        row_order (m,), col_order (n,): int64. In the state dict, but no buffers: what averages or
+            casts a model's buffers must not move them.
+        weight, bias: W0 + delta_W in the base's own orientation, rounded to its dtype. For parents
+            that read them past `forward`, as nn.MultiheadAttention does.
         merged: whether `base.weight` holds W0 + delta_W.
     Raises:
-        TypeError: `base` is no linear layer, or its weight no 2-D floating tensor. ValueError: anything else out of range.
+        TypeError: `base` is no linear layer, or its weight no dense 2-D floating tensor.
+        ValueError: anything else is out of range.
     """
 
     def __init__(
@@ -344,516 +151,261 @@ class SMoALinear(nn.Module):
         super().__init__()
         _check_linear(base)
         self.transposed = _is_conv1d(base)
-        weight = self._turn(base.weight.detach())
-        m, n = self.out_features, self.in_features = weight.shape
-        sizes = _block_sizes(m, n, rank, num_blocks)
-        ranks = [r_k for r_k, _, _ in sizes] if branch_ranks is None else list(branch_ranks)
-        _require(
-            all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks)
-            and len(ranks) == num_blocks
-            and sum(ranks) == rank,
-            f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, got {ranks}",
-        )
-        alpha, dropout = float(rank if alpha is None else alpha), float(dropout)
-        _require(0 < alpha < float("inf"), f"alpha must be positive and finite, got {alpha!r}")
-        _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
-        self.rank, self.num_blocks, self.alpha, self.dropout, self.modulate = (
-            rank,
-            num_blocks,
-            alpha,
-            dropout,
-            bool(modulate),
-        )
-        self.scale, self.branch_ranks = alpha / rank, ranks
-        if isinstance(order, str) and order in ("spectral", "natural"):
-            order = (
-                spectral_order(weight)
-                if order == "spectral" and num_blocks > 1
-                else (range(m), range(n))
-            )
-        _require(
-            isinstance(order, (tuple, list)) and len(order) == 2,
-            f'order must be "spectral", "natural" or a pair of permutations, got {order}',
-        )
-        self.register_buffer(
-            "row_order", _permutation(order[0], m, "the order of the rows").to(weight.device)
-        )
-        self.register_buffer(
-            "col_order", _permutation(order[1], n, "the order of the columns").to(weight.device)
-        )
-        # Half precision is for the frozen weight; a factor that learns by small steps needs float32.
-        options = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        for r_k, (_, m_k, n_k) in zip(ranks, sizes):
-            A_k = torch.empty(r_k, n_k, **options)
-            self.A.append(
-                nn.Parameter(
-                    nn.init.kaiming_uniform_(A_k, a=5**0.5) if r_k else A_k, requires_grad=r_k > 0
-                )
-            )
-            self.B.append(nn.Parameter(torch.zeros(m_k, r_k, **options), requires_grad=r_k > 0))
+        W0 = self._turn(base.weight.detach())
+        m, n = W0.shape
+        self.out_features = m
+        self.in_features = n
+        self.rank = rank
+        self.num_blocks = num_blocks
+        self.branch_ranks = _checked_branch_ranks(branch_ranks, m, n, rank, num_blocks)
+        self.alpha = _checked_alpha(rank if alpha is None else alpha)
+        self.scale = self.alpha / rank
+        self.dropout = _checked_dropout(dropout)
+        self.modulate = bool(modulate)
+        if isinstance(order, str) and order == "spectral" and num_blocks > 1:
+            order = spectral_order(W0)
+        self.row_order, self.col_order = _checked_orders(order, m, n, W0.device)
+
+        # Half precision is for the frozen weight; a factor that learns in small steps needs more.
+        options = dict(dtype=torch.promote_types(W0.dtype, torch.float32), device=W0.device)
+        for k, r_k in enumerate(self.branch_ranks):
+            A_k = torch.empty(r_k, len(self.cols[k]), **options)
+            B_k = torch.zeros(len(self.rows[k]), r_k, **options)
+            if r_k > 0:
+                nn.init.kaiming_uniform_(A_k, a=5**0.5)
+                self.register_parameter(f"A_{k}", nn.Parameter(A_k))
+                self.register_parameter(f"B_{k}", nn.Parameter(B_k))
+            else:
+                self.register_buffer(f"A_{k}", A_k, persistent=False)
+                self.register_buffer(f"B_{k}", B_k, persistent=False)
+
         self.base = base.requires_grad_(False)
         self.enabled = True  # False inside `disabled(model)`
-        self._replaced = None  # the blocks of W0 that a merge put aside, K times (m_k, n_k)
+        self._set_aside = None  # while merged: the K blocks of W0 that the merge replaced
         self.train(base.training)
 
-    def extra_repr(self):
-        return f"rank={self.rank}, num_blocks={self.num_blocks}, alpha={self.alpha}, dropout={self.dropout}, modulate={self.modulate}"
+    # ---- the blocks
 
     @property
     def rows(self):
-        """K pieces of `row_order`: rows[k] (m_k,) are the output coordinates of block k."""
+        """K index tensors; rows[k] (m_k,) are the output coordinates of block k."""
         return self.row_order.tensor_split(self.num_blocks)
 
     @property
     def cols(self):
-        """K pieces of `col_order`: cols[k] (n_k,) are the input coordinates of block k."""
+        """K index tensors; cols[k] (n_k,) are the input coordinates of block k."""
         return self.col_order.tensor_split(self.num_blocks)
 
     @property
-    def merged(self):
-        return self._replaced is not None
+    def A(self):
+        return [getattr(self, f"A_{k}") for k in range(self.num_blocks)]
 
-    def _turn(self, weight):
-        """From the base's own orientation to nn.Linear's (m, n), or back."""
-        return weight.mT if self.transposed else weight
+    @property
+    def B(self):
+        return [getattr(self, f"B_{k}") for k in range(self.num_blocks)]
 
-    def _blocks(self, weight):
-        return [
-            weight[rows[:, None], cols] for rows, cols in zip(self.rows, self.cols)
-        ]  # (m_k, n_k) each, a copy
+    def anchor(self, k):
+        """M_k = W0[rows_k, cols_k], (m_k, n_k), a copy."""
+        if self.merged:
+            return self._set_aside[k]
+        return self._turn(self.base.weight)[self.rows[k]][:, self.cols[k]]
 
-    def _put(self, blocks, weight):
-        for rows, cols, block in zip(self.rows, self.cols, blocks):
-            weight[rows[:, None], cols] = block.to(weight)
-        return weight
+    def delta(self, k):
+        """(alpha / r) (B_k A_k) * M_k, (m_k, n_k), in the dtype of the factors."""
+        A_k, B_k = self.A[k], self.B[k]
+        with _no_autocast(A_k.device):
+            product = self.scale * (B_k @ A_k)  # (m_k, r_k) @ (r_k, n_k) -> (m_k, n_k)
+        return product * self.anchor(k) if self.modulate else product
 
-    def original_weight(self):
-        """W0, (m, n) in the orientation of nn.Linear.weight, merged or not. A view of the base's weight where that is W0."""
-        weight = self._turn(self.base.weight)
-        return self._put(self._replaced, weight.detach().clone()) if self.merged else weight
-
-    def _stacked(self):
-        return _stack([*self.A, *self.B], self.rows, self.cols)
+    # ---- the whole matrix
 
     def delta_weight(self):
-        """delta_W, (m, n) in the orientation of nn.Linear.weight, differentiable in A and B; in the dtype of the factors."""
-        W0 = self.original_weight()
-        delta = _fold(torch.zeros_like(W0), *self._stacked(), self.scale, modulate=False)
-        return delta * W0 if self.modulate else delta
+        """delta_W (m, n): the deltas in their blocks, 0 elsewhere. Differentiable in A and B."""
+        delta_W = self.A[0].new_zeros(self.out_features, self.in_features)
+        for k in range(self.num_blocks):
+            delta_W[self._at(k)] = self.delta(k)
+        return delta_W
+
+    def original_weight(self):
+        """W0 (m, n), merged or not; a view of the base's weight where that is W0."""
+        W = self._turn(self.base.weight)
+        if self.merged:
+            W = W.detach().clone()
+            self._put(W, self._set_aside)
+        return W
 
     @property
     def weight(self):
         if self.merged or not self.enabled:
-            return self._guard(self.base.weight)
-        return self._turn(
-            _fold(self.original_weight(), *self._stacked(), self.scale, self.modulate)
-        ).to(self.base.weight.dtype)
+            return _no_gradient_past_merge(self, self.base.weight)
+        W = self.original_weight() + self.delta_weight()
+        return self._turn(W).to(self.base.weight.dtype)
 
     @property
     def bias(self):
         return self.base.bias
 
-    def forward(self, x):
+    # ---- forward
+
+    def forward(self, x):  # (..., n) -> (..., m)
         if self.merged or not self.enabled:
-            return self._guard(self.base(x))
-        W0 = self.original_weight()
-        if self.modulate and self._folds():
-            # A small layer, or a base that somebody unfroze: autograd's own gradient, of the whole weight.
-            if W0.numel() <= _PLAIN_UP_TO or any(
-                t is not None and t.requires_grad for t in (W0, self.bias)
-            ):
-                return F.linear(
-                    x, _fold(W0, *self._stacked(), self.scale, modulate=True), self.bias
-                )
-            y = _FoldedLinear.apply(
-                x.reshape(-1, x.shape[-1]),
-                W0,
-                self.bias,
-                self.rows,
-                self.cols,
-                self.scale,
-                *self.A,
-                *self.B,
-            )
-            return y.view(*x.shape[:-1], self.out_features)
-        z = F.dropout(x, self.dropout, self.training)
-        if not self.modulate:  # LoRA, MELoRA: a thin detour, (T, n) @ (n, r) @ (r, m) -> (T, m)
-            A, B = self._stacked()
-            return self.base(x) + self.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
-        blocks = [
-            F.linear(
-                z[..., cols], (self.scale * (B_k @ A_k) * M_k).to(z.dtype)
-            )  # (T, n_k) @ (n_k, m_k) -> (T, m_k)
-            for M_k, cols, A_k, B_k in zip(self._blocks(W0), self.cols, self.A, self.B)
-        ]
-        return self.base(x) + torch.cat(blocks, -1)[..., self.row_order.argsort()]
+            return _no_gradient_past_merge(self, self.base(x))
+        if _is_bare(self.base) and not x.is_nested:
+            return _lean_forward(self, x)  # the same numbers in less time and memory: last section
+        return self.plain_forward(x)
 
-    def _guard(self, tensor):
-        """The tensor, whose backward raises where a merged layer would only look as if it trained."""
-        training = self.merged and self.training and torch.is_grad_enabled()
-        return _NoGradientPastMerge.apply(tensor, *self.A, *self.B) if training else tensor
+    def plain_forward(self, x):  # (..., n) -> (..., m)
+        """The formula: the base runs with W0 + delta_W for its weight, or beside x delta_W^T."""
+        if self._one_matmul_will_do(x):
+            return functional_call(self.base, {"weight": self.weight}, (x,))
+        return _add_within(self.base, x, self.update)
 
-    def _folds(self):
-        """Whether one matmul with W0 + delta_W says the same as two. Not under dropout, which acts on the update's input alone;
-        not over half precision, whose rounding of the sum swallows a small delta_W; not for a base with a forward of its own."""
-        plain = "forward" not in vars(self.base) and (
-            self.transposed or type(self.base).forward is nn.Linear.forward
-        )
-        plain = plain and not (
-            self.base._forward_pre_hooks or self.base._forward_hooks or self.base._backward_hooks
-        )
-        return (
-            plain
-            and self.base.weight.dtype in (torch.float32, torch.float64)
-            and not (self.training and self.dropout)
-        )
+    def update(self, x):  # (..., n) -> (..., m)
+        """x delta_W^T, with dropout on x."""
+        _check_at_hand(self, x)
+        return F.linear(self._dropped(x), self.delta_weight().to(_matmul_dtype(x)))
+
+    def _one_matmul_will_do(self, x):
+        """Whether x (W0 + delta_W)^T says the same as x W0^T + x delta_W^T."""
+        if self.base._forward_pre_hooks:  # they may bring another W0, or take one away after
+            return False
+        _check_at_hand(self, x)
+        half = {_matmul_dtype(x), self.base.weight.dtype} & {torch.float16, torch.bfloat16}
+        if half:  # the sum would be rounded, and a small delta_W lost in it
+            return False
+        return not (self.training and self.dropout)  # which is for the input of delta_W alone
+
+    def _dropped(self, x):
+        return F.dropout(x, self.dropout, self.training)
+
+    # ---- merging
+
+    @property
+    def merged(self):
+        return self._set_aside is not None
 
     @torch.no_grad()
     def merge(self):
-        """Put W0 + delta_W into `base.weight`, in place, keeping the blocks of W0 that it replaces. Merging twice is merging once.
+        """Let base.weight become W0 + delta_W, in place; the blocks of W0 it replaces are kept.
 
-        Every module that shares the weight sees the change: `smoa.merge(model)` checks for that, a lone layer cannot.
+        Merging twice is merging once. Every module that shares the weight sees the change:
+        `smoa.merge(model)` checks for that, a lone layer cannot.
         """
-        if not self.merged:
-            W0 = self.original_weight().detach()
-            self._replaced, blocks = (
-                self._blocks(W0),
-                self._blocks(_fold(W0, *self._stacked(), self.scale, self.modulate)),
-            )
-            self._put(blocks, W0)
+        if self.merged:
+            return
+        anchors = [self.anchor(k) for k in range(self.num_blocks)]
+        sums = [anchor + self.delta(k) for k, anchor in enumerate(anchors)]
+        self._put(self._turn(self.base.weight), sums)
+        self._set_aside = anchors
 
     @torch.no_grad()
     def unmerge(self):
-        """Put W0 back into `base.weight`, bit for bit. Harmless on a layer that is not merged."""
+        """Let base.weight become W0 again, bit for bit. Harmless on a layer that is not merged."""
         if self.merged:
-            self._put(self._replaced, self._turn(self.base.weight.detach()))
-            self._replaced = None
+            self._put(self._turn(self.base.weight), self._set_aside)
+            self._set_aside = None
 
-    # A state dict always holds W0, merged or not, so that it fits a freshly injected model.
+    # ---- what PyTorch asks of a module that keeps more than parameters and buffers
 
-    def state_dict(self, *args, **kwargs):
-        state = super().state_dict(*args, **kwargs)
-        if self.merged:
-            state[kwargs.get("prefix", "") + "base.weight"] = self._turn(self.original_weight())
-        return state
+    def get_extra_state(self):
+        """The orders, (m + n,) int32, rows first: in the state dict, beside the factors."""
+        _check_not_merged(self)
+        return torch.cat([self.row_order, self.col_order]).int()
+
+    def set_extra_state(self, orders):
+        orders = orders.tensor_split([self.out_features])
+        device = self.row_order.device
+        pair = _checked_orders(orders, self.out_features, self.in_features, device)
+        self.row_order, self.col_order = pair
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _apply(self, fn, *args, **kwargs):
+        """`.to`, `.half`, `.cuda` and the like: an order changes its device and nothing else."""
+        super()._apply(fn, *args, **kwargs)
+        if self.merged:
+            self._set_aside = [fn(anchor) for anchor in self._set_aside]
+        device = self.base.weight.device
+        if device.type != "meta":
+            self.row_order = self.row_order.to(device)
+            self.col_order = self.col_order.to(device)
+        return self
 
-class _NoGradientPastMerge(torch.autograd.Function):
-    """The identity, whose backward raises: a merged layer has no factors to train, and must not look as if it had."""
+    def extra_repr(self):
+        names = ("rank", "num_blocks", "alpha", "dropout", "modulate")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    @staticmethod
-    def forward(ctx, y, *factors):
-        return y.clone()  # a view could not be changed in place, as nn.ReLU(inplace=True) does
+    # ---- small tools
 
-    @staticmethod
-    def backward(ctx, g):
-        raise RuntimeError(
-            "backward through a merged SMoALinear in training mode: call smoa.unmerge(model) to train, or model.eval()"
-        )
+    def _turn(self, W):
+        """From the base's own orientation to (m, n), or back."""
+        return W.mT if self.transposed else W
+
+    def _at(self, k):
+        """The index of block k in an (m, n) matrix."""
+        return self.rows[k][:, None], self.cols[k]
+
+    def _put(self, W, blocks):
+        """Write K blocks into W (m, n), in place."""
+        for k, block in enumerate(blocks):
+            W[self._at(k)] = block.to(W)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Verbs on a model
-
-
-def _unwrap(model):
-    """The model inside DistributedDataParallel, DataParallel or torch.compile, so that names are the plain model's."""
-    while hasattr(model, "_orig_mod") or isinstance(
-        model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    ):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
+# ------------------------------------------------------------------------------------------------
+# The verbs on a model
 
 
 def adapters(model):
-    """Iterate over (dotted name, SMoALinear), in the order of `model.named_modules()`."""
-    return (
-        (name, module)
-        for name, module in _unwrap(model).named_modules()
-        if isinstance(module, SMoALinear)
-    )
+    """Iterate over (dotted name, SMoALinear), in the order of the model's modules.
 
-
-def _swap(model, new):
-    """Put new[module] wherever a module hangs in the model; a shared one hangs in several places."""
-    for parent in list(model.modules()):
-        parent._modules.update(
-            {name: new[child] for name, child in parent._modules.items() if child in new}
-        )
-
-
-def _adapt(model, plan, progress=None, state=None, check_base=True):
-    """Wrap modules, {name: (module, options)}, and freeze the rest. With a `state` they take its values, and the place of all other adapters.
-
-    All is built and checked before the model changes, so that an error leaves it as it was.
+    The names are the plain model's: what wraps it or a part of it (torch.compile, activation
+    checkpointing, FSDP, DistributedDataParallel, AveragedModel) adds nothing to them.
     """
-    _require(
-        not isinstance(model, nn.parallel.DistributedDataParallel),
-        "adapt the model before DistributedDataParallel wraps it",
-    )
-    model, new = (
-        _unwrap(model),
-        nn.Module(),
-    )  # `new` holds the layers side by side, under their dotted names
-    with contextlib.ExitStack() as after:
-        for p in model.parameters():
-            after.callback(
-                p.requires_grad_, p.requires_grad
-            )  # a layer freezes its base when it is built: too early
-        for name, (module, options) in plan.items():
-            try:
-                new._modules[name] = layer = SMoALinear(module, **options)
-                _require(
-                    not layer.dropout
-                    or not isinstance(
-                        model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention
-                    ),
-                    "nn.MultiheadAttention reads the weight past forward, where dropout cannot act: use dropout=0",
-                )
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from None
-            if progress is not None:
-                progress(len(new._modules), len(plan), name)
-        if state is not None:
-            load_state_dict(new, state, check_base=check_base)
-            unload(model)
-    _swap(model, {layer.base: layer for layer in new.children()})
-    factors = {p for _, layer in adapters(model) for p in [*layer.A, *layer.B]}
-    for p in model.parameters():
-        p.requires_grad_(p.requires_grad and p in factors)
+    seen = set()
+    for name, module in _named_modules(model):
+        if isinstance(module, SMoALinear) and module not in seen:
+            seen.add(module)
+            yield name, module
 
 
-def inject(model, targets, *, progress=None, **layer_options):
+def inject(model, targets, **layer_options):
     """Wrap every target in a SMoALinear, in place, and freeze everything but the adapters.
 
-    Running statistics, as BatchNorm's, are no parameters: they move on in training mode, and no adapter file holds them.
+    The order of a large layer takes seconds. To see it go on, adapt the layers one by one:
+    `for name in tqdm(names): smoa.inject(model, [name])`.
+    Running statistics, as BatchNorm's, are no parameters: they move on in training mode, and no
+    adapter file holds them.
 
     Args:
-        targets: a list of names, each of which matches the modules whose dotted name equals it or ends in "." + it;
-            or one string, a regular expression that the whole dotted name must match.
-        progress: None, or a function (done, total, name), called after each layer: orders of large layers take seconds.
+        targets: a list of names, each of which matches the modules whose dotted name equals it or
+            ends in "." + it; or one string, a regular expression for the whole dotted name.
         layer_options: of SMoALinear, the same for all.
     Returns:
-        The dotted names of the layers adapted now.
+        The dotted names of the layers adapted now, as `adapters` has them.
     Raises:
-        ValueError: a target matches nothing, a layer is adapted already, an option is out of range. TypeError: a match is no
-        linear layer. The model is then as before.
+        ValueError: a target matches nothing, a layer is adapted already, its weight is tied by
+            name to another, or an option is out of range.
+        TypeError: a match is no linear layer.
+        The model is then as before.
     """
-    inside = {
-        module for _, layer in adapters(model) for module in layer.modules() if module is not layer
-    }
-    modules = {
-        name: module
-        for name, module in _unwrap(model).named_modules(remove_duplicate=False)
-        if name and module not in inside
-    }
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in modules.items()
-        if isinstance(module, (nn.Linear, SMoALinear)) or _is_conv1d(module)
-    }
-    wanted, patterns = (
-        set(),
-        {targets: targets}
-        if isinstance(targets, str)
-        else {target: r"(.*\.)?" + re.escape(target) for target in targets},
-    )
-    for target, pattern in patterns.items():
-        found = {module for name, module in modules.items() if re.fullmatch(pattern, name)}
-        _require(
-            found,
-            f"target {target!r} matches no module; this model's linear layers are named {', '.join(sorted(linear)) or '(none)'} (in a "
-            "list, a name or the end of a dotted one; a lone string is a regular expression for the whole dotted name)",
-        )
-        wanted |= found
-    _require(wanted, "no targets given: name at least one module")
-    # In the model's order, and a shared module once.
-    plan = {
-        name: (module, layer_options)
-        for name, module in _unwrap(model).named_modules()
-        if module in wanted
-    }
-    _adapt(model, plan, progress)
-    return list(plan)
-
-
-def _sketch(weight):
-    """1025 numbers that tell a weight from another: L^T W0 R / 32 with fixed probes of 32 columns, which keeps distances, and its norm.
-
-    For a difference E, the squared norm of L^T E R / 32 is about ||E||_F^2 (a random projection: Johnson and Lindenstrauss).
-    The probes are chirps, sqrt(2) cos(i^2 sqrt(a)): as good as random for this, and the same on every machine.
-    """
-    W = weight.detach().cpu().double()
-    L, R = (
-        2**0.5
-        * torch.cos(
-            torch.outer(
-                W.new_tensor(range(1, size + 1)).square(), W.new_tensor(range(1, 33)).sqrt()
-            )
-        )
-        for size in W.shape
-    )
-    return torch.cat(
-        [(L.mT @ W @ R).flatten() / 32, W.norm()[None]]
-    )  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
-
-
-def state_dict(model):
-    """The adapter alone: per layer its factors and orders, as views of the live ones, and a sketch of the base weight it belongs to."""
-    state = {}
-    for name, layer in adapters(model):
-        prefix = f"{name}." if name else ""
-        own = nn.Module.state_dict(layer)  # SMoALinear's would restore W0 for nothing
-        state |= {prefix + key: value for key, value in own.items() if not key.startswith("base.")}
-        state[f"{prefix}base_sketch"] = _sketch(layer.original_weight())
-    return state
-
-
-def load_state_dict(model, state, *, check_base=True):
-    """Copy an adapter's state into the adapted layers of the model, which come out unmerged.
-
-    Args:
-        state: what `state_dict` gave for layers of the same names and shapes.
-        check_base: refuse a base weight that differs from the adapter's own by more than 0.4 % in Frobenius norm:
-            enough for a cast to bfloat16 (0.2 %), too little for another checkpoint.
-    Raises:
-        ValueError: keys, shapes, orders or a base weight do not fit. The model is then as before.
-    """
-    mine = state_dict(model)
-    _require(
-        mine and mine.keys() == state.keys(),
-        "the adapter's layers are not the model's: "
-        f"missing {sorted(mine.keys() - state.keys()) or 'none'}, unexpected {sorted(state.keys() - mine.keys()) or 'none'}",
-    )
-    for key, here in mine.items():
-        there = state[key].to(here.device)
-        _require(
-            here.shape == there.shape,
-            f"{key}: the adapter has shape {tuple(there.shape)}, the model {tuple(here.shape)}",
-        )
-        if key.endswith("_order"):
-            _permutation(there, len(here), key)
-        elif key.endswith("base_sketch") and check_base:
-            distance, norm = (here - there).norm(), here[-1]
-            _require(
-                distance <= 0.004 * norm,
-                f"{key.removesuffix('base_sketch')[:-1]}: the adapter was made for another base weight, "
-                f"{distance / norm:.1%} away in Frobenius norm (0.4% is allowed); load that base, or pass check_base=False",
-            )
-    unmerge(model)
-    for key, here in mine.items():
-        here.copy_(state[key])
-
-
-def _config(model):
-    """What builds the adapter's layers again, but for their orders: {name: options of SMoALinear}."""
-    options = ("rank", "num_blocks", "alpha", "dropout", "branch_ranks", "modulate")
-    return {
-        name: {option: getattr(layer, option) for option in options}
-        for name, layer in adapters(model)
-    }
-
-
-def save(model, path):
-    """Write the model's adapter, factors, orders and configuration, to one file; whole or not at all.
-
-    The file is what `torch.save` writes of {"config": ..., "state": ...}, and its sha256 after it.
-
-    Raises:
-        ValueError: the model has no adapter.
-    """
-    state = {key: tensor.cpu() for key, tensor in state_dict(model).items()}
-    _require(state, "the model has no adapter to save: inject one first")
-    buffer = io.BytesIO()
-    torch.save({"config": _config(model), "state": state}, buffer)
-    body = buffer.getvalue()
-    with tempfile.TemporaryDirectory(
-        dir=pathlib.Path(path).parent
-    ) as folder:  # beside the file, where a rename is all or nothing
-        whole = pathlib.Path(folder, "adapter")
-        whole.write_bytes(body + hashlib.sha256(body).digest())
-        whole.replace(path)
-
-
-def _read(path):
-    """(configuration, state) of an adapter file. ValueError if it is anything but a whole one. No code in it can run."""
-    raw = pathlib.Path(path).read_bytes()
-    body, digest = raw[:-32], raw[-32:]
-    try:
-        # A zip file begins with PK. weights_only is unsafe for the older formats, which do not.
-        _require(
-            body.startswith(b"PK") and hashlib.sha256(body).digest() == digest,
-            "its checksum does not match, or its format is another",
-        )
-        file = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-        return file["config"], {key: tensor.cpu() for key, tensor in file["state"].items()}
-    except Exception as error:
-        raise ValueError(f"{path} is no SMoA adapter file, or is damaged: {error}") from error
-
-
-def load(model, path, *, check_base=True):
-    """Give the model the adapter of a file, and no other: layers that the file names are wrapped, all others are plain again.
-
-    No spectrum is computed: the orders are in the file. Where the model has an adapter of the very same configuration, only
-    its values change and an optimizer keeps its hold on them.
-
-    Args:
-        check_base: as in `load_state_dict`.
-    Returns:
-        The names of the adapted layers.
-    Raises:
-        OSError: the file cannot be read. ValueError: it is damaged, names a layer that the model has not, or does not fit
-        the model's shapes or its base weights. The model is then as before.
-    """
-    config, state = _read(path)
-    if config == _config(model):
-        load_state_dict(model, state, check_base=check_base)
-    else:
-        bases = {
-            name: module.base if isinstance(module, SMoALinear) else module
-            for name, module in _unwrap(model).named_modules()
-            if name
-        }
-        _require(
-            config.keys() <= bases.keys(),
-            f"the adapter's layers {sorted(config.keys() - bases.keys())} are not in the model",
-        )
-        with disabled(model):  # unmerged for the time of the check
-            plan = {
-                name: (bases[name], options | {"order": "natural"})
-                for name, options in config.items()
-            }
-            _adapt(model, plan, state=state, check_base=check_base)
-    return list(config)
-
-
-def _check_untied(model):
-    owners = [
-        (p.data_ptr(), f"{name}.{key}")
-        for name, module in _unwrap(model).named_modules()
-        for key, p in module.named_parameters(recurse=False)
-    ]
-    for name, layer in adapters(model):
-        mine = layer.base.weight.data_ptr()
-        shared = [owner for pointer, owner in owners if pointer == mine]
-        _require(
-            len(shared) == 1,
-            f"{name}: a merge would change {' and '.join(shared)}, which are one tensor: untie them first",
-        )
+    plan = _matches(model, targets)
+    _check_not_tied_by_name(model, plan)
+    layers = _build(model, plan, {name: layer_options for name in plan})
+    _swap(model, {layer.base: layer for layer in layers.values()})
+    _freeze_all_but_factors(model, layers.values())
+    return list(layers)
 
 
 def merge(model):
-    """Fold every update into its base weight, in place; see SMoALinear.merge.
+    """Let every base weight become W0 + delta_W, in place; see SMoALinear.merge.
 
     Raises:
-        ValueError: another module shares a weight to be merged, as tied embeddings do. No layer is then merged.
+        ValueError: a weight to be merged is another module's too (tied embeddings), is sharded, is
+            computed by a parametrization or a pruning, or is not there. No layer is then merged.
     """
-    _check_untied(model)
+    _check_mergeable(model)
     for _, layer in adapters(model):
         layer.merge()
 
@@ -865,42 +417,967 @@ def unmerge(model):
 
 
 def unload(model, *, merge=False):
-    """Take the adapters out: every SMoALinear becomes its base again, with the update folded in if `merge`. All stays frozen.
+    """Take the adapters out: every SMoALinear becomes its base again. All stays frozen.
 
+    Args:
+        merge: leave W0 + delta_W in the base, for good, instead of W0.
     Returns:
         The plain model (another object only where the model itself is a SMoALinear).
     """
     if merge:
-        _check_untied(model)
+        _check_mergeable(model)
     layers = [layer for _, layer in adapters(model)]
     for layer in layers:
-        layer.merge() if merge else layer.unmerge()
-        layer._replaced = None  # a merge is for good now
-    _swap(_unwrap(model), {layer: layer.base for layer in layers})
-    return _unwrap(model).base if isinstance(_unwrap(model), SMoALinear) else model
+        if merge:
+            layer.merge()
+            layer._set_aside = None  # for good: there is no way back
+        else:
+            layer.unmerge()
+    _swap(model, {layer: layer.base for layer in layers})
+    return model.base if isinstance(model, SMoALinear) else model
+
+
+_disabled = []  # of each `disabled` that is open, the modules of its model
 
 
 @contextlib.contextmanager
 def disabled(model):
-    """A context in which the model computes exactly what its base does; merged layers are unmerged for the time."""
-    before = [(layer, layer.enabled, layer.merged) for _, layer in adapters(model)]
+    """A context in which the model computes exactly what its base does.
+
+    Merged layers are unmerged for the time. Layers that come in meanwhile are off as well.
+    """
+    before = {layer: (layer.enabled, layer.merged) for _, layer in adapters(model)}
+    _disabled.append(set(model.modules()))
     try:
-        for layer, _, _ in before:
+        for layer in before:
             layer.unmerge()
             layer.enabled = False
         yield model
     finally:
-        left = {layer for _, layer in adapters(model)}  # an unload inside stays one
-        for layer, enabled, merged in before:
+        _disabled.pop()
+        for _, layer in adapters(model):
+            enabled, merged = before.get(layer, (_starts_enabled(layer), False))
             layer.enabled = enabled
-            if merged and layer in left:
+            if merged:
                 layer.merge()
 
 
+def _starts_enabled(layer):
+    return not any(layer.base in modules for modules in _disabled)
+
+
+def state_dict(model):
+    """The adapter alone, as a flat dict of tensors; factors and orders are the live ones.
+
+    Per layer: `NAME.A_k` and `NAME.B_k` of every branch with a rank; `NAME.order`, (m + n,) int32,
+    rows first, unless it is the natural order; `NAME.base_sketch`, which tells the base weight
+    that it belongs to. Under FSDP2 every process must call it, and gets whole tensors.
+    """
+    state = {}
+    for name, layer in adapters(model):
+        with _named_errors(name):
+            for key, tensor in _layer_state(layer).items():
+                state[_join(name, key)] = tensor
+    return state
+
+
+def load_state_dict(model, state, *, check_base=True):
+    """Copy an adapter's state into the adapted layers of the model, which come out unmerged.
+
+    Args:
+        state: what `state_dict` gave for layers of the same names and shapes.
+        check_base: refuse a base weight that differs from the adapter's own by more than 0.4 % in
+            Frobenius norm: enough for a cast to bfloat16 (0.2 %), not for another checkpoint.
+    Raises:
+        ValueError: names, shapes, orders or a base weight do not fit. The model is then as before.
+    """
+    _fill(dict(adapters(model)), state, check_base)
+
+
+# What the verbs are made of
+
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
+
+
+def _named_modules(model, name=""):
+    """(dotted name, module) over the model, a shared module once for every place it hangs in.
+
+    A module whose only child has a wrapper's name for it passes its own name on to that child.
+    """
+    yield name, model
+    if isinstance(model, SMoALinear):
+        return
+    wraps = len(model._modules) == 1 and _WRAPPERS.issuperset(model._modules)
+    for child_name, child in model._modules.items():
+        if child is not None:
+            yield from _named_modules(child, name if wraps else _join(name, child_name))
+
+
+def _join(name, key):
+    return f"{name}.{key}" if name else key
+
+
+def _matches(model, targets):
+    """{name: module} of the modules that the targets name, in the model's order, each once."""
+    modules = {name: module for name, module in _named_modules(model) if name}  # the innermost
+    raw_names = {module: name for name, module in model.named_modules()}
+    if isinstance(targets, str):
+        patterns = {targets: targets}
+    else:
+        patterns = {target: r"(.*\.)?" + re.escape(target) for target in targets}
+    wanted = set()
+    for target, pattern in patterns.items():
+        found = set()
+        for name, module in modules.items():
+            if re.fullmatch(pattern, name) or re.fullmatch(pattern, raw_names.get(module, "")):
+                found.add(module)
+        _check_found(found, target, modules)
+        wanted |= found
+    _require(wanted, "no targets given: name at least one module")
+    names = {}
+    for name, module in modules.items():
+        if module in wanted and module not in names:
+            names[module] = name
+    return {name: module for module, name in names.items()}
+
+
+def _build(model, plan, options):
+    """{name: new SMoALinear} over the modules of {name: module}; the model is as before."""
+    _check_injectable(model, plan)
+    requires_grad = {p: p.requires_grad for p in model.parameters()}
+    layers = {}
+    try:
+        for name, module in plan.items():
+            with _named_errors(name):
+                layers[name] = SMoALinear(module, **options[name])
+                _check_parent(model, layers[name])
+                layers[name].enabled = _starts_enabled(layers[name])
+    finally:  # a layer freezes its base, but the model may yet refuse it
+        for p, value in requires_grad.items():
+            p.requires_grad_(value)
+    return layers
+
+
+def _swap(model, new):
+    """Put new[module] wherever a module hangs in the model: a shared one hangs in several."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new and parent is not new[child]:
+                parent._modules[name] = new[child]
+
+
+def _freeze_all_but_factors(model, new_layers):
+    """Only factors train; those that were there before keep their flag."""
+    factors = set()
+    for _, layer in adapters(model):
+        factors |= {*layer.A, *layer.B}
+    for p in model.parameters():
+        p.requires_grad_(p.requires_grad and p in factors)
+
+
+def _layer_state(layer):
+    _check_not_meta(layer)
+    state = {}
+    for k, r_k in enumerate(layer.branch_ranks):
+        if r_k > 0:
+            state[f"A_{k}"] = _whole(layer.A[k])
+            state[f"B_{k}"] = _whole(layer.B[k])
+    order = torch.cat([layer.row_order, layer.col_order]).int()
+    if not torch.equal(order, _natural_order(layer)):
+        state["order"] = order
+    state["base_sketch"] = _sketch(layer)
+    return state
+
+
+def _natural_order(layer):
+    device = layer.row_order.device
+    sizes = (layer.out_features, layer.in_features)
+    return torch.cat([torch.arange(size, dtype=torch.int32, device=device) for size in sizes])
+
+
+def _fill(layers, state, check_base):
+    """Check a state against {name: layer} as a whole, then copy it into the layers."""
+    own = {}
+    for name, layer in layers.items():
+        with _named_errors(name):
+            own[name] = _layer_state(layer)
+        own[name].setdefault("order", _natural_order(layer))
+    state = {key: tensor.detach() for key, tensor in state.items()}
+    for name in layers:
+        state.setdefault(_join(name, "order"), _natural_order(layers[name]))
+    _check_state(layers, own, state, check_base)
+    for name, layer in layers.items():
+        layer.unmerge()
+        for key, tensor in own[name].items():
+            if key.startswith(("A_", "B_")):
+                tensor.detach().copy_(state[_join(name, key)])
+        layer.set_extra_state(state[_join(name, "order")])
+
+
+# ------------------------------------------------------------------------------------------------
+# The file
+
+
+def save(model, path):
+    """Write the model's adapter (factors, orders, configuration) to one file, whole or not at all.
+
+    The file is what `torch.save` writes of {"config": ..., "state": ...}, and its sha256 after it.
+    Under FSDP2 every process must call it; all write the same.
+
+    Raises:
+        ValueError: the model has no adapter.
+        OSError: the file cannot be written.
+    """
+    state = {key: tensor.detach().cpu() for key, tensor in state_dict(model).items()}
+    _require(state, "the model has no adapter to save: inject one first")
+    buffer = io.BytesIO()
+    torch.save({"config": _config(model), "state": state}, buffer)
+    body = buffer.getvalue()
+    write_whole(path, body + hashlib.sha256(body).digest())
+
+
+def load(model, path, *, check_base=True):
+    """Give the model the adapter of a file, and no other: layers not in the file are plain again.
+
+    No spectrum is computed: the orders are in the file. As after `inject`, the factors are what
+    trains, and all else is frozen: unfreeze a head after the load, and make the optimizer then.
+
+    Args:
+        check_base: as in `load_state_dict`.
+    Returns:
+        The names of the adapted layers.
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, names a layer that the model has not, or does not fit the model's
+            shapes or its base weights. The model is then as before.
+    """
+    config, state = _read(path)
+    if isinstance(model, SMoALinear):  # it hangs nowhere, where another could take its place
+        _check_same_config(config, _config(model))
+        load_state_dict(model, state, check_base=check_base)
+        return [""]
+    bases = {}
+    for name, module in _named_modules(model):
+        if name:
+            bases[name] = module.base if isinstance(module, SMoALinear) else module
+    missing = sorted(config.keys() - bases.keys())
+    _require(not missing, f"the adapter's layers {missing} are not in the model")
+    with disabled(model):  # so that each base holds W0 while it is checked
+        plan = {name: bases[name] for name in config}
+        layers = _build(model, plan, {name: config[name] | {"order": "natural"} for name in plan})
+        _fill(layers, state, check_base)
+        unload(model)
+        _swap(model, {layer.base: layer for layer in layers.values()})
+        _freeze_all_but_factors(model, layers.values())
+    return list(config)
+
+
+def _config(model):
+    """{name: options of SMoALinear}: what builds the layers again, but for their orders."""
+    options = ("rank", "num_blocks", "alpha", "dropout", "branch_ranks", "modulate")
+    config = {}
+    for name, layer in adapters(model):
+        config[name] = {option: getattr(layer, option) for option in options}
+    return config
+
+
+def _read(path):
+    """(configuration, state) of a whole adapter file. No code in it can run."""
+    raw = pathlib.Path(path).read_bytes()
+    body, digest = raw[:-32], raw[-32:]
+    try:
+        _require(hashlib.sha256(body).digest() == digest, "its checksum does not match")
+        _require(body.startswith(b"PK"), "it is no zip file")  # weights_only wants the new format
+        file = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        return file["config"], {key: tensor.cpu() for key, tensor in file["state"].items()}
+    except Exception as error:
+        raise ValueError(f"{path} is no SMoA adapter file, or is damaged: {error}") from error
+
+
 def write_whole(path, data):
-    """Write bytes to a file, whole or not at all. (A stand-in.)"""
+    """Write bytes to a file: all of them, or the file stays as it was, at whatever moment we stop.
+
+    The data go to a temporary file beside it, which then takes its name. As with a plain write, an
+    old file keeps its mode, a symbolic link still points to it, and a pipe or device gets the data.
+
+    Raises:
+        OSError: as `open(path, "wb")` would, of this path.
+    """
     path = pathlib.Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = pathlib.Path(folder, path.name)
-        whole.write_bytes(data)
-        whole.replace(path)
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)  # a pipe or device; a folder raises
+        return
+    target = pathlib.Path(os.path.realpath(path))
+    if target.is_file():
+        target.open("r+b").close()  # raises where we may not write
+    try:
+        with tempfile.TemporaryDirectory(".tmp", prefix=".", dir=target.parent) as folder:
+            whole = pathlib.Path(folder, target.name)
+            whole.write_bytes(data)
+            if target.is_file():
+                shutil.copymode(target, whole)
+            whole.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _sketch(layer):
+    """1025 float32 numbers that tell a W0 from another: L^T W0 R / 32 and the norm of W0.
+
+    L and R are fixed probes of 32 columns. For a difference E, the squared norm of L^T E R / 32 is
+    about ||E||_F^2 (a random projection: Johnson and Lindenstrauss). The probes are chirps,
+    sqrt(2) cos(i^2 sqrt(a)): as good as random for this, and the same on every machine.
+    """
+    W = _whole(layer.original_weight()).detach().cpu().double()
+    probes = []
+    a = W.new_tensor(range(1, 33))
+    for size in W.shape:
+        i = W.new_tensor(range(1, size + 1))
+        probes.append(2**0.5 * torch.cos(torch.outer(i.square(), a.sqrt())))  # (size, 32)
+    L, R = probes
+    projection = L.mT @ W @ R / 32  # (32, m) @ (m, n) @ (n, 32) -> (32, 32)
+    return torch.cat([projection.flatten(), W.norm()[None]]).float()
+
+
+def _whole(tensor):
+    """A tensor sharded by FSDP2 in one piece; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+# ------------------------------------------------------------------------------------------------
+# The counts
+
+
+def count_parameters(out_features, in_features, rank, num_blocks):
+    """Trained numbers of one layer: sum_k r_k (m_k + n_k).
+
+    Where num_blocks divides rank, that is LoRA's r (m + n), over K.
+
+    >>> count_parameters(768, 768, rank=8, num_blocks=1)
+    12288
+    >>> count_parameters(768, 768, rank=8, num_blocks=4)
+    3072
+    """
+    sizes = _block_sizes(out_features, in_features, rank, num_blocks)
+    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in sizes)
+
+
+def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
+    """Upper bound on rank(delta_W) where every anchor has full rank. Generic factors reach it.
+
+    sum_k min(m_k, n_k, r_k rank M_k), since rank(X * Y) <= rank X rank Y; without the anchor (LoRA,
+    MELoRA) sum_k min(m_k, n_k, r_k).
+
+    >>> rank_bound(768, 768, rank=8, num_blocks=4)
+    768
+    >>> rank_bound(768, 768, rank=8, num_blocks=4, modulate=False)
+    8
+    """
+    bound = 0
+    for r_k, m_k, n_k in _block_sizes(out_features, in_features, rank, num_blocks):
+        anchor_rank = min(m_k, n_k) if modulate else 1
+        bound += min(m_k, n_k, r_k * anchor_rank)
+    return bound
+
+
+def _block_sizes(out_features, in_features, rank, num_blocks):
+    """[(r_k, m_k, n_k)]: each total cut as evenly as can be, the first pieces one larger."""
+    _check_sizes(out_features, in_features, rank, num_blocks)
+
+    def piece(total, k):
+        return total // num_blocks + (k < total % num_blocks)
+
+    totals = (rank, out_features, in_features)
+    return [tuple(piece(total, k) for total in totals) for k in range(num_blocks)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The door: every check, and what it says
+
+
+def _require(condition, message, error=ValueError):
+    if not condition:
+        raise error(message)
+
+
+def _check_sizes(out_features, in_features, rank, num_blocks):
+    sizes = dict(
+        out_features=out_features, in_features=in_features, rank=rank, num_blocks=num_blocks
+    )
+    for name, size in sizes.items():
+        whole = isinstance(size, int) and size >= 1
+        _require(whole, f"{name} must be a whole number of at least 1, got {size!r}")
+    most = min(out_features, in_features)
+    _require(
+        num_blocks <= most,
+        f"num_blocks={num_blocks} does not fit a ({out_features}, {in_features}) weight: "
+        f"at most {most} blocks do",
+    )
+
+
+def _checked_branch_ranks(branch_ranks, m, n, rank, num_blocks):
+    even = [r_k for r_k, _, _ in _block_sizes(m, n, rank, num_blocks)]
+    ranks = even if branch_ranks is None else list(branch_ranks)
+    whole = all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks)
+    _require(
+        whole and len(ranks) == num_blocks and sum(ranks) == rank,
+        f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, "
+        f"got {ranks}",
+    )
+    return ranks
+
+
+def _checked_alpha(alpha):
+    alpha = float(alpha)
+    _require(0 < alpha < float("inf"), f"alpha must be positive and finite, got {alpha!r}")
+    return alpha
+
+
+def _checked_dropout(dropout):
+    dropout = float(dropout)
+    _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
+    return dropout
+
+
+def _checked_orders(order, m, n, device):
+    """(row_order, col_order), int64 tensors of their own on the device."""
+    if isinstance(order, str) and order in ("natural", "spectral"):
+        order = (range(m), range(n))
+    _require(
+        isinstance(order, (tuple, list)) and len(order) == 2,
+        f'order must be "spectral", "natural" or a pair of permutations, got {order}',
+    )
+    row_order = _checked_permutation(order[0], m, "the order of the rows")
+    col_order = _checked_permutation(order[1], n, "the order of the columns")
+    return row_order.to(device), col_order.to(device)
+
+
+def _checked_permutation(order, size, name):
+    if not isinstance(order, torch.Tensor):
+        order = torch.tensor(list(order), device="cpu")  # whatever the default device is
+    whole = not order.is_floating_point() and sorted(order.tolist()) == list(range(size))
+    _require(whole, f"{name} must be a permutation of 0..{size - 1}, got {order}")
+    return order.long().clone()
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_weight(weight):
+    _require(
+        isinstance(weight, torch.Tensor),
+        f"a weight must be a 2-D floating tensor, got {type(weight).__name__}",
+        TypeError,
+    )
+    _require(
+        not hasattr(weight, "full_tensor"),
+        "the weight is sharded over processes: adapt the model first, then shard it",
+    )
+    layout = "" if weight.layout == torch.strided else f", layout {weight.layout}"
+    _require(
+        weight.ndim == 2 and weight.dtype in _DTYPES and not layout,
+        "a linear layer's weight must be a dense 2-D tensor of float16, bfloat16, float32 or "
+        f"float64, got {weight.dtype} of shape {tuple(weight.shape)}{layout}",
+        TypeError,
+    )
+    _require(
+        not weight.is_meta,
+        "the weight is on the meta device and has no values to order by: "
+        "load or initialise the model first",
+    )
+    _require(
+        torch.isfinite(weight).all(),
+        "the weight holds NaN or infinity: a spectrum needs finite numbers",
+    )
+
+
+def _is_conv1d(base):
+    """GPT-2's Conv1D of Hugging Face: a linear layer that keeps its weight as (in, out)."""
+    return any(cls.__name__ == "Conv1D" for cls in type(base).__mro__)
+
+
+def _check_linear(base):
+    kind = type(base).__name__
+    _require(
+        not isinstance(base, SMoALinear),
+        "this layer is adapted already: unload it first, or load another adapter onto the model",
+    )
+    _require(isinstance(base, nn.Module), f"{kind} is no linear layer", TypeError)
+    children = [name for name in base._modules if name != "parametrizations"]
+    if "weight" not in base._parameters and children:
+        holds = ", ".join(children)
+        raise TypeError(
+            f"{kind} is no plain linear layer but holds others ({holds}): target one of those; "
+            "if it is another adapter's layer, take that adapter out first"
+        )
+    linear = hasattr(base, "weight") and hasattr(base, "bias") and not hasattr(base, "eps")
+    _require(
+        linear,
+        f"{kind} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias",
+        TypeError,
+    )
+    _check_own_weight(base, TypeError)
+    _check_weight(base.weight)
+    m = base.weight.shape[1 if _is_conv1d(base) else 0]
+    bias_shape = None if base.bias is None else tuple(base.bias.shape)
+    _require(
+        bias_shape in (None, (m,)),
+        f"{kind} is no linear layer: its bias has shape {bias_shape}, not ({m},)",
+        TypeError,
+    )
+
+
+def _check_own_weight(base, error):
+    _require(
+        "weight" in base._parameters,
+        f"the weight of this {type(base).__name__} is computed, by a parametrization or a hook "
+        "(pruning, weight norm): remove that first",
+        error,
+    )
+
+
+def _check_found(found, target, modules):
+    leaves = set()
+    for name, module in modules.items():
+        if isinstance(module, (nn.Linear, SMoALinear)) or _is_conv1d(module):
+            leaves.add(name.rpartition(".")[2])
+    _require(
+        found,
+        f"target {target!r} matches no module; this model's linear layers are named "
+        f"{', '.join(sorted(leaves)) or '(none)'} (in a list, a name or the end of a dotted one; "
+        "a lone string is a regular expression for the whole dotted name)",
+    )
+
+
+def _check_injectable(model, plan):
+    """Refuse what would hold the old layer in a hand of its own, past the model's modules."""
+    names = {module: name for name, module in plan.items()}
+    for parent in model.modules():
+        _require(
+            not isinstance(parent, nn.parallel.DistributedDataParallel),
+            "adapt the model before DistributedDataParallel wraps it",
+        )
+        compiled = parent._modules.get("_orig_mod")
+        _require(
+            compiled not in names,
+            f"{names.get(compiled)}: this layer is compiled by itself, and what is compiled would "
+            "not see the adapter: adapt first, then torch.compile",
+        )
+
+
+def _check_parent(model, layer):
+    for parent in model.modules():
+        attention = isinstance(parent, nn.MultiheadAttention)
+        inside = attention and layer.base in parent._modules.values()
+        _require(
+            not (inside and layer.dropout),
+            "nn.MultiheadAttention reads the weight past forward, where dropout cannot act: "
+            "use dropout=0",
+        )
+
+
+@contextlib.contextmanager
+def _named_errors(name):
+    """Say in which layer an error arose."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}" if name else str(error)) from None
+
+
+def _owners(model):
+    """[(tensor, "dotted name of its module and itself")] over the model, a shared one as often."""
+    owners = []
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                owners.append((p, _join(name, key)))
+    return owners
+
+
+def _check_not_tied_by_name(model, plan):
+    """Hugging Face ties weights again by their names, which an adapter changes."""
+    if not any(hasattr(module, "tie_weights") for module in model.modules()):
+        return
+    owners = _owners(model)
+    for name, module in plan.items():
+        weight = module._parameters.get("weight")
+        shared = [owner for p, owner in owners if p is weight and p is not None]
+        _require(
+            len(shared) < 2,
+            f"{name}: {' and '.join(shared)} are one tensor, and this model ties them again by "
+            "name (tie_weights): leave it out of the targets, or untie them first",
+        )
+
+
+def _check_mergeable(model):
+    owners = [(p.data_ptr(), owner) for p, owner in _owners(model) if not _is_sharded(p)]
+    for name, layer in adapters(model):
+        with _named_errors(name):
+            _check_own_weight(layer.base, ValueError)
+            weight = layer.base.weight
+            _require(
+                not _is_sharded(weight),
+                "a weight that is sharded over processes (FSDP) cannot be merged: save the "
+                "adapter, load it into the plain model, and merge that",
+            )
+            _require(
+                layer.merged or not weight.is_meta,
+                "the base weight is on the meta device, with no values to merge into",
+            )
+            shared = [owner for pointer, owner in owners if pointer == weight.data_ptr()]
+            _require(
+                weight.is_meta or len(shared) == 1,
+                f"a merge would change {' and '.join(shared)}, which are one tensor: "
+                "untie them first",
+            )
+
+
+def _is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def _check_not_merged(layer):
+    _require(
+        not layer.merged,
+        "a merged layer has no state dict: its base weight is W0 + delta_W, and its factors would "
+        "be applied a second time. Call smoa.unmerge(model), or smoa.unload(model, merge=True) "
+        "for a plain model (smoa.save writes the adapter of a merged model, too)",
+        RuntimeError,
+    )
+
+
+def _check_not_meta(layer):
+    for tensor in [layer.base.weight, *layer.A, *layer.B]:
+        _require(
+            not tensor.is_meta,
+            "weights are on the meta device and have no values: save or load an adapter while "
+            "the model is in memory, before it is offloaded",
+        )
+
+
+def _check_at_hand(layer, x):
+    """Offloading and sharding bring weights back within a module's own call, and only there."""
+    weight = layer.base.weight
+    shape = (layer.out_features, layer.in_features)
+    gone = weight.is_meta and not x.is_meta
+    _require(
+        not gone and tuple(layer._turn(weight).shape) == shape,
+        f"the base weight is not at hand: it is {tuple(weight.shape)} on {weight.device}, as "
+        "offloading and sharding leave it outside of the base's own call. Keep the adapted layers "
+        "on their device, or smoa.unload(model, merge=True) before offloading",
+        RuntimeError,
+    )
+
+
+def _check_state(layers, own, state, check_base):
+    """Check a flat state against {name: {key: tensor}} of the layers that are to take it."""
+    wanted = {}
+    for name, tensors in own.items():
+        wanted |= {_join(name, key): tensor for key, tensor in tensors.items()}
+    _require(
+        wanted and wanted.keys() == state.keys(),
+        "the adapter's layers are not the model's: "
+        f"missing {sorted(wanted.keys() - state.keys()) or 'none'}, "
+        f"unexpected {sorted(state.keys() - wanted.keys()) or 'none'}",
+    )
+    for key, tensor in wanted.items():
+        shape, own_shape = tuple(state[key].shape), tuple(tensor.shape)
+        _require(shape == own_shape, f"{key}: the adapter has shape {shape}, the model {own_shape}")
+    for name, layer in layers.items():
+        m, n = layer.out_features, layer.in_features
+        order_key = _join(name, "order")
+        with _named_errors(order_key):
+            _checked_orders(state[order_key].tensor_split([m]), m, n, "cpu")
+        _require(
+            not _is_sharded(layer.base.weight),
+            f"{name}: the layer is sharded over processes: load the adapter first, then shard",
+        )
+        if check_base:
+            key = _join(name, "base_sketch")
+            _check_base(name, wanted[key], state[key].to(wanted[key].device))
+
+
+def _check_same_config(config, own_config):
+    _require(
+        config == own_config,
+        f"a lone SMoALinear can take an adapter of its own configuration only, {own_config}; "
+        f"the file's is {config}",
+    )
+
+
+def _check_base(name, sketch, adapter_sketch):
+    norm = sketch[-1]
+    distance = (sketch - adapter_sketch).norm()
+    _require(
+        distance <= 0.004 * norm,
+        f"{name}: the adapter was made for another base weight, {distance / norm:.1%} away in "
+        "Frobenius norm (0.4% is allowed); load that base, or pass check_base=False",
+    )
+
+
+class _NoGradientPastMerge(torch.autograd.Function):
+    """The identity, whose backward raises: a merged layer has no factors to train."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, *factors):
+        return y.clone()  # a view could not be changed in place, as nn.ReLU(inplace=True) does
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError(
+            "backward through a merged SMoALinear in training mode: "
+            "call smoa.unmerge(model) to train, or model.eval()"
+        )
+
+    @staticmethod
+    def jvp(ctx, tangent, *factor_tangents):
+        return tangent.clone()
+
+
+def _no_gradient_past_merge(layer, tensor):
+    """The tensor, whose backward raises where a merged layer would only look as if it trained."""
+    if layer.merged and layer.training and torch.is_grad_enabled():
+        return _NoGradientPastMerge.apply(tensor, *layer.A, *layer.B)
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------
+# Number formats, hooks, and the singular spectrum: small tools for what stands above
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def _matmul_dtype(x):
+    """The dtype in which F.linear multiplies x: under autocast another one than its own."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and x.dtype != torch.float64:  # autocast leaves float64 alone
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _no_autocast(device):
+    """The factors are in float32 for a reason: their products must not be cast to less."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _add_within(base, x, update):
+    """base(x) + update(x), added between the base's hooks, where there are any.
+
+    What they bring (an offloaded weight) is then there, and what they do is done to the sum.
+    """
+    if not (base._forward_pre_hooks or base._forward_hooks):
+        return base(x) + update(x)
+    handle = base.register_forward_hook(lambda _, args, y: y + update(*args), prepend=True)
+    try:
+        return base(x)
+    finally:
+        handle.remove()
+
+
+def _scaled_to_one(weight):
+    """In float64, and free of scale: no square can overflow or vanish."""
+    device = "cpu" if weight.device.type == "mps" else weight.device  # mps has no float64
+    W = weight.detach().to(device, torch.float64)
+    return W / W.abs().max().clamp(min=_TINY)
+
+
+def _right_singular(W):
+    """s_j^2 (n,), V (n, n) and s_j^2 V_ij^2 (n, n) of a tall W (m, n), s descending.
+
+    From the Gram matrix W^T W = V diag(s^2) V^T, in half the time of an SVD. A column so small that
+    it drowns in the rounding of W^T W wants the SVD after all.
+    """
+    s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
+    s2, V = s2.flip(0).clamp(min=0), V.flip(1)
+    norms = W.square().sum(0)  # (n,), of the columns
+    drowned = (0 < norms) & (norms < 1e-7 * s2[0])
+    if drowned.any():
+        U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+        return s.square(), Vh.mT, (W.mT @ U).square()
+    return s2, V, s2 * V.square() * (norms > 0)[:, None]  # a zero column has exactly none
+
+
+def _direction_index(s2):
+    """0, 1, ..., q - 1; equal singular values have no basis of their own and share their mean."""
+    rounding = 2e-9 * s2[:-1] + 1e-14 * s2[0]  # relative, and of the Gram matrix
+    apart = s2[:-1] - s2[1:] > rounding
+    group = F.pad(apart.long().cumsum(0), (1, 0))  # (q,), as 0 0 1 2 2 2
+    size = group.bincount().to(s2)
+    last = size.cumsum(0) - 1
+    return (last - (size - 1) / 2)[group]
+
+
+# ------------------------------------------------------------------------------------------------
+# Same numbers, less time and memory: delete all from here on, and the two lines of `forward` that
+# call it, and every result stays the same up to rounding (a test does).
+
+LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gradient is faster
+
+
+def _is_bare(base):
+    """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
+    own_forward = "forward" in vars(base) or type(base).forward is not nn.Linear.forward
+    if own_forward and not (_is_conv1d(base) and "forward" not in vars(base)):
+        return False
+    if base._forward_pre_hooks or base._forward_hooks:
+        return False
+    if base._backward_pre_hooks or base._backward_hooks:
+        return False
+    return not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
+
+
+def _lean_forward(layer, x):  # (..., n) -> (..., m)
+    """As `layer.plain_forward(x)`, over a bare base."""
+    if layer.modulate and layer._one_matmul_will_do(x):
+        if layer.base.weight.numel() > LEAN_ABOVE:
+            return _product(layer, x, add_W0=True)
+        return F.linear(x, _summed_weight(layer.original_weight(), *_blocks(layer)), layer.bias)
+    z = layer._dropped(x)
+    z = z.to(_matmul_dtype(z))
+    if layer.modulate:
+        return layer.base(x) + _product(layer, z, add_W0=False)
+    A, B = _stacked(*_blocks(layer)[1:])  # LoRA, MELoRA: a thin detour, first to (..., r)
+    return layer.base(x) + layer.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
+
+
+def _blocks(layer):
+    """What says where delta_W is and what: scale, rows, cols, A, B."""
+    return layer.scale, layer.rows, layer.cols, layer.A, layer.B
+
+
+def _product(layer, x, add_W0):  # (..., n) -> (..., m)
+    """x (W0 + delta_W)^T + bias, or x delta_W^T alone."""
+    orders = (layer.row_order, layer.col_order)
+    options = (layer.num_blocks, layer.scale, add_W0)
+    bias = layer.bias if add_W0 else None
+    flat = x.reshape(-1, layer.in_features)  # (T, n)
+    function = _Product if torch.compiler.is_compiling() else _ProductWithTangents
+    y = function.apply(
+        flat, layer.original_weight(), bias, *orders, *options, *layer.A, *layer.B
+    )  # (T, m)
+    return y.view(*x.shape[:-1], layer.out_features)
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + bias, where W is W0 + delta_W, or delta_W alone and there is no bias.
+
+    Autograd could differentiate the plain formula as well. This backward is leaner by two things:
+    of the weight's gradient g^T x it computes only the K aligned blocks, and it builds the weight
+    again rather than keep one per layer from the forward to the backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, W0, bias, row_order, col_order, K, scale, add_W0, *factors):
+        blocks = _unpacked(row_order, col_order, K, scale, factors)
+        with _no_autocast(x.device):
+            if add_W0:
+                return F.linear(x, _summed_weight(W0, *blocks), bias)
+            return _block_product(x, W0, *blocks)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W0, _, row_order, col_order, *options, factors = *inputs[:8], inputs[8:]
+        ctx.K, ctx.scale, ctx.add_W0 = options
+        ctx.save_for_backward(x, W0, row_order, col_order, *factors)
+        ctx.save_for_forward(x, W0, row_order, col_order, *factors)
+
+    @staticmethod
+    def backward(ctx, g):  # (T, m)
+        x, W0, row_order, col_order, *factors = ctx.saved_tensors  # (T, n), (m, n)
+        blocks = _unpacked(row_order, col_order, ctx.K, ctx.scale, factors)
+        dx = None
+        dx_blocks, dA, dB = [], [], []
+        with _no_autocast(g.device):
+            if ctx.needs_input_grad[0] and ctx.add_W0:
+                dx = g @ _summed_weight(W0, *blocks).to(g.dtype)  # (T, m) @ (m, n)
+            for rows, cols, A_k, B_k in zip(*blocks[1:]):
+                M_k = _block(W0, rows, cols)
+                g_k = _columns(g, rows)  # (T, m_k)
+                x_k = _columns(x, cols).to(g.dtype)  # (T, n_k)
+                G_k = (g_k.mT @ x_k).to(A_k.dtype) * M_k  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
+                dA.append(ctx.scale * (B_k.mT @ G_k))
+                dB.append(ctx.scale * (G_k @ A_k.mT))
+                if ctx.needs_input_grad[0] and not ctx.add_W0:
+                    D_k = ctx.scale * (B_k @ A_k) * M_k
+                    dx_blocks.append(g_k @ D_k.to(g.dtype))  # (T, m_k) @ (m_k, n_k)
+            if dx_blocks:
+                dx = torch.cat(dx_blocks, -1).index_select(-1, col_order.argsort())
+        return dx, *[None] * 7, *dA, *dB
+
+
+class _ProductWithTangents(_Product):
+    """The same for forward-mode differentiation, by a rule that torch.compile refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx, x_t, W0_t, bias_t, *others):
+        """Linear in x, in W0, in A and in B: one term for the tangent of each."""
+        x, W0, row_order, col_order, *factors = ctx.saved_tensors
+        scale, rows, cols, A, B = _unpacked(row_order, col_order, ctx.K, ctx.scale, factors)
+        A_t, B_t = others[5 : 5 + ctx.K], others[5 + ctx.K :]
+        with _no_autocast(x.device):
+            y_t = _block_product(x_t, W0, scale, rows, cols, A, B)
+            y_t = y_t + _block_product(x, W0_t, scale, rows, cols, A, B)
+            y_t = y_t + _block_product(x, W0, scale, rows, cols, A_t, B)
+            y_t = y_t + _block_product(x, W0, scale, rows, cols, A, B_t)
+            if ctx.add_W0:
+                y_t = y_t + F.linear(x_t, W0, bias_t) + F.linear(x, W0_t)
+        return y_t
+
+
+def _unpacked(row_order, col_order, K, scale, factors):
+    """scale, rows, cols, A, B, as `_blocks` has them, of what a Function can take and save."""
+    return scale, row_order.tensor_split(K), col_order.tensor_split(K), factors[:K], factors[K:]
+
+
+def _stacked(rows, cols, A, B):
+    """The pairs as one, A (r, n) and B (m, r): B A is B_k A_k in the blocks and 0 elsewhere."""
+    A, B = torch.block_diag(*A), torch.block_diag(*B)  # in spectral order
+    A = torch.empty_like(A).index_copy(1, torch.cat(cols), A)
+    B = torch.empty_like(B).index_copy(0, torch.cat(rows), B)
+    return A, B
+
+
+def _summed_weight(W0, scale, rows, cols, A, B):
+    """W0 + delta_W = W0 * (1 + scale B A), (m, n), by one product of the stacked pairs."""
+    A, B = _stacked(rows, cols, A, B)
+    with _no_autocast(W0.device):
+        one = W0.new_ones(())
+        if W0.is_contiguous():
+            factor = torch.addmm(one, B, A, alpha=scale)  # (m, r) @ (r, n) -> (m, n)
+        else:  # in W0's memory layout
+            factor = torch.addmm(one, A.mT, B.mT, alpha=scale).mT
+    if torch.is_grad_enabled():
+        return factor * W0
+    return factor.mul_(W0)  # nobody watches: no second buffer of W0's size
+
+
+def _block_product(x, W0, scale, rows, cols, A, B):
+    """x delta_W^T without the zeros of delta_W, (T, n) -> (T, m)."""
+    y = []
+    for rows_k, cols_k, A_k, B_k in zip(rows, cols, A, B):
+        D_k = scale * (B_k @ A_k) * _block(W0, rows_k, cols_k)
+        y.append(F.linear(_columns(x, cols_k), D_k.to(x.dtype)))  # (T, n_k) @ (n_k, m_k)
+    return torch.cat(y, -1).index_select(-1, torch.cat(rows).argsort())
+
+
+def _columns(x, index):
+    """x[:, index], in parallel."""
+    return x.gather(1, index.expand(len(x), -1))
+
+
+def _block(W, rows, cols):
+    """W[rows][:, cols], in a third of the time."""
+    return W.index_select(0, rows).index_select(1, cols)

@@ -1,17 +1,18 @@
-"""pytest setup: the repository's modules are importable, draws are repeatable where CI is set, one thread is enough."""
+"""pytest setup: modules importable, draws repeatable where CI is set, one thread."""
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # smoa.py and gpt_mini.py, with nothing installed
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # smoa.py and gpt_mini.py, with nothing installed
 
-# No deadline: the first call of an operator is slow. Few examples: each draws a shape, a weight and a configuration at once.
+# No deadline: the first call of an operator is slow.
+# Few examples: each draws a shape, a weight and a configuration at once.
 settings.register_profile(
     "smoa",
     deadline=None,
@@ -24,6 +25,13 @@ torch.set_num_threads(1)  # the matrices are tiny
 
 import smoa  # noqa: E402
 
-smoa._PLAIN_UP_TO = (
-    40  # the shapes drawn have 1 to 144 weights, so that the laws meet both ways to a gradient
-)
+# The shapes drawn have 1 to 144 weights: the laws meet both ways to a gradient.
+smoa.LEAN_ABOVE = 40
+
+
+@pytest.fixture(params=["lean", "plain"])
+def way(request, monkeypatch):
+    """The way to a gradient that a layer takes, whatever its size."""
+    threshold = {"lean": 0, "plain": 2**40}
+    monkeypatch.setattr(smoa, "LEAN_ABOVE", threshold[request.param])
+    return request.param
