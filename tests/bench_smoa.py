@@ -24,7 +24,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import smoa  # noqa: E402
 from gpt_mini import GPT, GPTConfig  # noqa: E402
-from train_shakespeare import PRESETS, TARGETS  # noqa: E402
+from plan import PRESETS  # noqa: E402
+from train_shakespeare import TARGETS  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK, BLOCKS = 4, 4  # LoRA of rank 4; SMoA(16, K=4) trains as many numbers
@@ -164,7 +165,7 @@ def layers():
 def models():
     """A training step of the tiny GPT, and the speed of generation."""
     rows = []
-    for preset, B, repeats in (("cpu", 12, 15), ("cpu", 64, 9), ("gpu", 4, 7)):
+    for preset, B, repeats in (("small", 12, 15), ("small", 64, 9), ("large", 4, 7)):
         model_options = PRESETS[preset]["model"] | dict(dropout=0.0)
         config = GPTConfig(vocab_size=89, **model_options)
         idx = torch.randint(89, (B, config.block_size + 1), device=DEVICE)

