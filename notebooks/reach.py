@@ -10,8 +10,8 @@ its members, so the best fit to a target T leaves a right angle, and
     reach(T, W0, rank=16, num_blocks=4)       # SMoA of as many parameters: a lower bound
     ceiling(T, W0, num_blocks=4)              # what lies inside the blocks at all
 
-Without the anchor the best fit is the truncated SVD, block by block (Eckart and Young): the reach of
-LoRA and MELoRA is exact. With it the fit is weighted, min ||T_k - (B A) * M_k||^2, and has no
+Without the anchor the best fit is the truncated SVD, block by block (Eckart and Young): LoRA's and
+MELoRA's reach is exact. With it the fit is weighted, min ||T_k - (B A) * M_k||^2, and has no
 closed form: given A each row of B is a least-squares problem of its own, and given B each column of
 A, so the two take turns, from several starts. Each turn lowers the error; the end may be a local
 best. So the reach of HiRA and SMoA is a LOWER BOUND. That all starts end alike speaks for it, and
