@@ -1,8 +1,10 @@
-"""A small decoder-only GPT in plain PyTorch, to be read in one sitting. It knows nothing of adapters: SMoA reaches it by `inject` alone.
+"""A small decoder-only GPT in plain PyTorch, to be read in one sitting.
 
-After nanoGPT (pre-norm blocks, tied embedding and head, no biases), with two changes that pay at this size: rotary
-positions (2104.09864), and a token shift (RWKV, 2305.13048): before attention and before the MLP each channel mixes in the
-position before it, by a share that it learns, so that pairs of characters need no attention head to meet.
+It knows nothing of adapters: SMoA reaches it by `inject` alone. After nanoGPT (pre-norm blocks, tied
+embedding and head, no biases), with two changes that pay at this size: rotary positions
+(2104.09864), and a token shift (RWKV, 2305.13048): before attention and before the MLP each channel
+mixes in the position before it, by a share that it learns, so that pairs of characters need no
+attention head to meet.
 
     model = GPT(GPTConfig(vocab_size=65))
     logits, loss = model(idx, targets)                      # idx, targets (B, T) int64
@@ -29,19 +31,26 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
-                f"n_embd={self.n_embd} must be a multiple of 2 n_head={2 * self.n_head}: rotary positions turn pairs of channels"
+                f"n_embd={self.n_embd} must be a multiple of 2 n_head={2 * self.n_head}: "
+                "rotary positions turn pairs of channels"
             )
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm without bias. As good here as RMSNorm, and a fifth of its time on a CPU, where PyTorch has no fused RMSNorm."""
+    """LayerNorm without bias.
+
+    As good here as RMSNorm, and a fifth of its time on a CPU, where PyTorch has no fused RMSNorm.
+    """
 
     def __init__(self, n_embd):
         super().__init__(n_embd, bias=False)
 
 
 class TokenShift(nn.Module):
-    """x_t -> (1 - mix) x_t + mix x_{t-1}, per channel, with zeros before the first position. Starts half and half."""
+    """x_t -> (1 - mix) x_t + mix x_{t-1}, per channel, with zeros before the first position.
+
+    Starts half and half.
+    """
 
     def __init__(self, n_embd):
         super().__init__()
@@ -53,15 +62,20 @@ class TokenShift(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turn channels (i, i + d/2) of each head by the angle t theta_i. x (B, H, T, d); cos, sin (T, d)."""
+    """Rotary positions: turn channels (i, i + d/2) of each head by the angle t theta_i.
+
+    x (B, H, T, d); cos, sin (T, d).
+    """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, d = config.n_embd, config.n_embd // config.n_head
-        self.n_head, self.dropout = config.n_head, config.dropout
+        C = config.n_embd
+        d = C // config.n_head
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.qkv = nn.Linear(C, 3 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
         theta = 10000.0 ** (-torch.arange(0, d, 2) / d)
@@ -71,12 +85,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (
-            t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.qkv(x).split(C, dim=-1)
-        )  # (B, H, T, d)
-        q, k = (rotate(t, self.cos[:T], self.sin[:T]).to(v.dtype) for t in (q, k))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        q = rotate(q, self.cos[:T], self.sin[:T]).to(v.dtype)
+        k = rotate(k, self.cos[:T], self.sin[:T]).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, d)
+        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -93,16 +107,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.shift1, self.attn = (
-            Norm(config.n_embd),
-            TokenShift(config.n_embd),
-            Attention(config),
-        )
-        self.norm2, self.shift2, self.mlp = (
-            Norm(config.n_embd),
-            TokenShift(config.n_embd),
-            MLP(config),
-        )
+        self.norm1 = Norm(config.n_embd)
+        self.shift1 = TokenShift(config.n_embd)
+        self.attn = Attention(config)
+        self.norm2 = Norm(config.n_embd)
+        self.shift2 = TokenShift(config.n_embd)
+        self.mlp = MLP(config)
 
     def forward(self, x):
         x = x + self.attn(self.shift1(self.norm1(x)))
@@ -118,16 +128,11 @@ class GPT(nn.Module):
         self.norm = Norm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.embed.weight  # tied
+        # GPT-2's start: the 2 n_layer projections that add to the residual stream are smaller.
+        small = 0.02 / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
-            if (
-                p.ndim == 2
-            ):  # GPT-2's: the 2 n_layer projections that add to the residual stream start smaller
-                nn.init.normal_(
-                    p,
-                    std=0.02 / math.sqrt(2 * config.n_layer)
-                    if name.endswith("proj.weight")
-                    else 0.02,
-                )
+            if p.ndim == 2:
+                nn.init.normal_(p, std=small if name.endswith("proj.weight") else 0.02)
 
     def forward(self, idx, targets=None):
         """Next-token logits, and their loss where targets are given.
@@ -136,7 +141,7 @@ class GPT(nn.Module):
             idx: (B, T) int64 tokens, T <= block_size.
             targets: (B, T) int64, the tokens one place on; -1 is left out of the loss.
         Returns:
-            logits (B, T, vocab_size); the mean cross-entropy in nats per token, or None without targets.
+            logits (B, T, vocab_size); the mean cross-entropy in nats per token, or None.
         Raises:
             ValueError: the context is longer than block_size.
         """
@@ -147,19 +152,16 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
-        loss = (
-            None
-            if targets is None
-            else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        )
-        return logits, loss
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, generator=None):
         """Continue idx (B, T) by sampling; returns (B, T + max_new_tokens).
 
         Args:
-            temperature: >= 0; below 1 sharpens the distribution, 0 always takes the likeliest token.
+            temperature: >= 0; below 1 sharpens the distribution, 0 takes the likeliest token.
             top_k: sample among the k likeliest tokens only; None among all.
             generator: a torch.Generator on idx's device, for samples that repeat.
         Raises:
@@ -167,22 +169,21 @@ class GPT(nn.Module):
         """
         if temperature < 0 or (top_k is not None and top_k < 1) or idx.shape[1] == 0:
             raise ValueError(
-                f"need temperature >= 0, top_k >= 1 and at least one token, got {temperature}, {top_k} and {idx.shape[1]}"
+                "need temperature >= 0, top_k >= 1 and at least one token, "
+                f"got {temperature}, {top_k} and {idx.shape[1]}"
             )
         training = self.training
         self.eval()
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, vocab_size)
             if top_k is not None:
-                logits[
-                    logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                ] = -math.inf
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                logits[logits < kth] = -math.inf
             if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
+                token = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
-                token = torch.multinomial(
-                    F.softmax(logits / temperature, dim=-1), 1, generator=generator
-                )
+                chances = F.softmax(logits / temperature, dim=-1)
+                token = torch.multinomial(chances, 1, generator=generator)
             idx = torch.cat((idx, token), dim=1)
         self.train(training)
         return idx

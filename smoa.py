@@ -895,3 +895,12 @@ def disabled(model):
             layer.enabled = enabled
             if merged and layer in left:
                 layer.merge()
+
+
+def write_whole(path, data):
+    """Write bytes to a file, whole or not at all. (A stand-in.)"""
+    path = pathlib.Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = pathlib.Path(folder, path.name)
+        whole.write_bytes(data)
+        whole.replace(path)
