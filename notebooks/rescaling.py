@@ -31,9 +31,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from reach import blocks  # noqa: E402
+from study import ready_base  # noqa: E402
 
 import smoa  # noqa: E402
-from train_shakespeare import TARGETS, corpus, evaluate, ready_base, train  # noqa: E402
+from texts import corpus  # noqa: E402
+from train_shakespeare import TARGETS, evaluate, train  # noqa: E402
 
 RECORD = HERE / "rescaling.jsonl"
 STEPS, BATCH, SEEDS, K, SPREAD = 250, 12, 3, 4, 0.7
