@@ -122,6 +122,7 @@ def study_arms():
     # Below the parameters of a rank-1 LoRA on all layers: blocks without a branch, fewer layers.
     for total, blocks in ((1, 2), (1, 4), (2, 4), (1, 8)):
         arms[f"smoa r={total} K={blocks}"] = Arm("smoa", 1, blocks, total_rank=total)
+        arms[f"melora r={total} K={blocks}"] = Arm("melora", 1, blocks, total_rank=total)
     for target in ("qkv", "fc", "mlp.proj", "attn.proj"):
         arms[f"lora 1 on {target}"] = Arm("lora", 1, 1, targets=(target,))
     # 20,000 characters of the Folio, stopped where the validation part is best.
@@ -272,10 +273,9 @@ def read_records(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def study(path, share, base, texts):
-    """Run what the record at `path` still lacks, a line a run. Share (i, n): every n-th arm."""
-    i, n = share
-    names, origin = list(study_arms())[i - 1 :: n], describe(base, texts)
+def study(path, names, base, texts):
+    """Run what the record at `path` still lacks of these arms, a line a run."""
+    origin = describe(base, texts)
     others = {record["base"]["weights"] for record in read_records(path)} - {origin["weights"]}
     if others:
         raise UsageError(
@@ -414,9 +414,14 @@ def parse(argv):
     add = parser.add_argument
     add("--summary", action="store_true", help="print what the record says, and stop")
     add("--share", type=share, default=(1, 1), metavar="I/N", help="run as process I of N")
+    add("--arms", nargs="+", default=list(study_arms()), metavar="ARM", help="default: all arms")
     add("--record", type=Path, default=HERE / "study.jsonl", help="default: study.jsonl beside it")
     add("--out", type=Path, default=HERE.parent / "out", help="where the base is, or comes to be")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.arms) - study_arms().keys())
+    if unknown:
+        raise UsageError(f"the study has no arm {unknown[0]!r}; it has {', '.join(study_arms())}")
+    return args
 
 
 def main(argv=None):
@@ -427,7 +432,8 @@ def main(argv=None):
         plan = make_plan(["--out", str(args.out)])
         texts = load_texts(plan)
         open_out(plan)
-        study(args.record, args.share, pretrain(plan, texts)[0], texts)
+        i, n = args.share
+        study(args.record, args.arms[i - 1 :: n], pretrain(plan, texts)[0], texts)
 
 
 if __name__ == "__main__":
