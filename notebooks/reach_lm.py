@@ -1,14 +1,16 @@
 """Reach on a real language model: how much of a wanted change the best of each family can be.
 
-    python notebooks/reach_lm.py                        # the gradient at the base, and noise
-    python notebooks/reach_lm.py --update full.pt       # also full fine-tuning's update, of a file
-                                                        # that `study_lm.py --keep FOLDER` left
+    python notebooks/reach_lm.py                 # the gradient at the base, its signs, and noise
+    python notebooks/reach_lm.py --keep FOLDER   # the trained updates that `study_lm.py --keep
+                                                 # FOLDER` left there, at the rate that is best
 
 reach.py says what reach is and how it is found; here are only the language model's targets, layers
-and controls. The result is reach_lm.json, a row a number; rows of other targets stay in it.
+and controls. The signs of the gradient are where Adam's first step goes. The result is
+reach_lm.json, a row a number; rows of other targets stay in it.
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -36,6 +38,30 @@ def gradients(model, tokens, layers):
         (loss / BATCHES).backward()
     found = {name: weight.grad for name, weight in weights.items()}
     model.requires_grad_(False)
+    return found
+
+
+def trained_update(base, arm, path):
+    """{layer: what a run of an arm of the study has added to W0, (m, n)}, from its file."""
+    model = copy.deepcopy(base)
+    if arm != "full":
+        smoa.inject(model, LAYERS, **study_lm.ARMS[arm][1])
+    model.load_state_dict(torch.load(path, weights_only=True), strict=False)
+    found = {}
+    for name in LAYERS:
+        layer, W0 = model.get_submodule(name), base.get_submodule(name).weight
+        found[name] = layer.weight - W0 if arm == "full" else layer.delta_weight()
+    return found
+
+
+def trained_updates(base, folder):
+    """{target: updates} of the arms whose best run is in the folder."""
+    records, found = study_lm.read_records(), {}
+    for arm in ("full", *study_lm.HEADLINE):
+        runs = [r for r in records if r["arm"] == arm]
+        path = folder / study_lm.kept_name(arm, study_lm.best_rung(arm, records) if runs else 0, 0)
+        if runs and path.exists():
+            found[f"update of {arm}"] = trained_update(base, arm, path)
     return found
 
 
@@ -83,16 +109,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--update", type=Path, help="a file of full fine-tuning's weights")
+    parser.add_argument("--keep", type=Path, help="a folder of trained factors")
     args = parser.parse_args(argv)
     base, tokenizer = study_lm.load_base()
     weights = {name: base.get_submodule(name).weight.detach() for name in LAYERS}
-    if args.update:
-        trained = torch.load(args.update, weights_only=True)
-        targets = {"update": {n: trained[f"{n}.weight"] - W0 for n, W0 in weights.items()}}
+    if args.keep:
+        with torch.no_grad():
+            targets = trained_updates(base, args.keep)
     else:
         tokens = study_lm.load_texts(tokenizer)["train"]
-        targets = {"gradient": gradients(base, tokens, LAYERS)}
+        found = gradients(base, tokens, LAYERS)
+        targets = {"gradient": found}
+        targets["its signs"] = {name: gradient.sign() for name, gradient in found.items()}
         targets["noise"] = {name: noise_like(W0, seed=1) for name, W0 in weights.items()}
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
     rows = [row for row in rows if row["target"] not in targets]

@@ -333,6 +333,11 @@ def read_records(path=RECORD):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def kept_name(arm, rung, seed):
+    """Name of the file of a run's trained factors."""
+    return f"{arm} {rung} {seed}.pt".replace(" ", "_")
+
+
 def append(path, line):
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -360,7 +365,7 @@ def study(path, i, n, keep=None):
             if smoa.adapters(model):
                 smoa.unmerge(model)
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            torch.save(trained, keep / f"{'_'.join(map(str, todo)).replace(' ', '_')}.pt")
+            torch.save(trained, keep / kept_name(*todo))
 
 
 # ------------------------------------------------------------------------------------------
