@@ -435,12 +435,18 @@ def interval(differences):
     return statistics.fmean(by_seed), t_975(max(freedom, 1)) * variance**0.5
 
 
+def settled(arm, records):
+    """Whether an arm's best rate lies inside the rates that were tried."""
+    return all(seed > 0 for _, seed in wanted(arm, records))
+
+
 def at_best_rate(arm, records):
-    """{seed: record} of an arm at the rate that validated best; empty while rates are missing."""
-    if any(seed == 0 for _, seed in wanted(arm, records)):
+    """{seed: record} of an arm at the rate that validated best so far; empty if it has no run."""
+    runs = [r for r in records if r["arm"] == arm]
+    if not any(r["seed"] == 0 for r in runs):
         return {}
     best = best_rung(arm, records)
-    return {r["seed"]: r for r in records if r["arm"] == arm and r["rung"] == best}
+    return {r["seed"]: r for r in runs if r["rung"] == best}
 
 
 def compare(ours, theirs, records, text="folio"):
@@ -453,8 +459,9 @@ def compare(ours, theirs, records, text="folio"):
     return *interval([[a - b for a, b in pair] for pair in pairs]), len(seeds)
 
 
-def verdict(found):
-    """What a comparison says in words."""
+def verdict(ours, theirs, records):
+    """What a comparison says in words, and what it lacks to be believed."""
+    found = compare(ours, theirs, records)
     if found is None:
         return "not on record yet"
     difference, half, seeds = found
@@ -462,7 +469,10 @@ def verdict(found):
         said = "cannot be told"
     else:
         said = "holds" if difference < 0 else "fails"
-    return said + (" (one seed)" if seeds == 1 else "")
+    lacks = [] if seeds >= 3 else [f"{seeds} of 3 seeds"]
+    lacks += [f"rates of {arm} open" for arm in (ours, theirs) if not settled(arm, records)]
+    said += f" ({', '.join(lacks)})" if lacks else ""
+    return f"{difference:+.4f} +- {half:.4f}, {said}"
 
 
 def missing(records):
@@ -474,7 +484,10 @@ def missing(records):
 
 
 def summarize(records, say=print):
-    """The table of the record, a verdict for each claim, and what is missing."""
+    """The table of the record, a verdict for each claim, and what is missing.
+
+    A rate with a question mark is the best so far, at an edge of the rates that were tried.
+    """
     say(f"{'arm':20} {'trainable':>11} {'rate':>8} {'seeds':>5} {'Folio':>8} {'modern':>8}")
     for base in (record for record in records if record["arm"] == "base"):
         losses = f"{mean(base['folio']):8.4f} {mean(base['modern']):8.4f}"
@@ -485,14 +498,13 @@ def summarize(records, say=print):
             continue
         folio = statistics.fmean(mean(r["folio"]) for r in runs)
         modern = statistics.fmean(mean(r["modern"]) for r in runs)
-        first = f"{arm:20} {runs[0]['trainable']:11,} {runs[0]['lr']:8.4g}"
+        rate = f"{runs[0]['lr']:.4g}" + ("" if settled(arm, records) else "?")
+        first = f"{arm:20} {runs[0]['trainable']:11,} {rate:>8}"
         say(f"{first} {len(runs):5} {folio:8.4f} {modern:8.4f}")
     for claim, pairs in CLAIMS.items():
         say(f"\n{claim}?")
         for ours, theirs in pairs:
-            found = compare(ours, theirs, records)
-            numbers = f"{found[0]:+.4f} +- {found[1]:.4f}, {found[2]} seeds: " if found else ""
-            say(f"  {ours} - {theirs}: {numbers}{verdict(found)}")
+            say(f"  {ours} - {theirs}: {verdict(ours, theirs, records)}")
     lacking = {arm: count for arm, count in missing(records).items() if count}
     runs = [record for record in records if record["arm"] in ARMS]
     say(f"\n{len(runs)} runs on record; at least {sum(lacking.values())} are missing:")

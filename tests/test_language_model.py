@@ -109,12 +109,23 @@ def test_the_headline_is_decided_before_anything_else_is_run():
     assert {r["arm"] for r in completed((1, 1), best)[:10]} == set(study_lm.HEADLINE)
 
 
-def test_an_arm_without_its_grid_is_not_judged():
+def test_an_arm_is_settled_when_its_best_rate_is_inside():
     arm, (middle, _) = next(iter(study_lm.ARMS.items()))
     edge = [invented(arm, middle + step, 0, middle + 1) for step in (-1, 0, 1)]
-    assert study_lm.at_best_rate(arm, edge) == {}
+    assert not study_lm.settled(arm, edge[:1]) and not study_lm.settled(arm, edge)
     inside = edge + [invented(arm, middle + 2, 0, middle + 1)]
+    assert study_lm.settled(arm, inside)
     assert study_lm.at_best_rate(arm, inside)[0]["rung"] == middle + 1
+
+
+def test_a_verdict_says_what_it_lacks():
+    ours, theirs = study_lm.HEADLINE[::-1]
+    records = []
+    for arm, folio in ((ours, [1.0, 2.0]), (theirs, [1.5, 2.5])):
+        records.append(dict(invented(arm, study_lm.ARMS[arm][0], 0, 0), folio=folio))
+    said = study_lm.verdict(ours, theirs, records)
+    assert said.startswith("-0.5000 +- 0.0000, holds (1 of 3 seeds, rates of")
+    assert study_lm.verdict(ours, "full", records) == "not on record yet"
 
 
 def test_a_run_that_diverged_is_the_worst_of_its_grid():
