@@ -892,8 +892,8 @@ def _check_linear(base):
     if "weight" not in base._parameters and children:
         holds = ", ".join(children)
         raise TypeError(
-            f"{kind} is no plain linear layer but holds others ({holds}): target one of those; "
-            "if it is another adapter's layer, take that adapter out first"
+            f"{kind} is no plain linear layer but holds others ({holds}): target a linear layer "
+            "among those; if this is another adapter's layer, take that adapter out first"
         )
     linear = hasattr(base, "weight") and hasattr(base, "bias") and not hasattr(base, "eps")
     _require(
@@ -952,6 +952,11 @@ def _check_injectable(model, plan):
 
 def _check_parent(model, layer):
     for parent in model.modules():
+        _require(
+            parent._modules.get("base_layer") is not layer.base,
+            f"another adapter ({type(parent).__name__}) wraps this layer and writes into its "
+            "weight: take that adapter out first",
+        )
         attention = isinstance(parent, nn.MultiheadAttention)
         inside = attention and layer.base in parent._modules.values()
         _require(

@@ -215,6 +215,13 @@ def test_another_adapter_s_layer_is_refused_by_what_it_holds():
         smoa.inject(model, ["first", "second"])
 
 
+def test_the_layer_inside_another_adapter_is_refused():
+    model = Net()
+    model.second = AnotherAdapter(model.second)
+    with refused(ValueError, "second", "AnotherAdapter", "take that adapter out", model=model):
+        smoa.inject(model, ["base_layer"])
+
+
 def test_a_layer_that_is_compiled_by_itself_is_refused():
     model = Net()
     model.second = torch.compile(model.second, backend="eager")

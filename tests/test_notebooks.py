@@ -1,4 +1,7 @@
-"""Every notebook runs top to bottom, and is committed with its outputs. A cell that raises fails here, and so does a false assert in it."""
+"""Every notebook runs top to bottom, and is committed with its outputs.
+
+A cell that raises fails here, and so does a false assert in it.
+"""
 
 from pathlib import Path
 
