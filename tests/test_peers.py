@@ -478,6 +478,13 @@ def test_a_layer_beside_peft_s_is_adapted(peft):
     torch.testing.assert_close(model(X), model.head(hidden))
 
 
+def test_the_layer_inside_peft_s_is_refused(peft):
+    config = peft.LoraConfig(target_modules=["first"])
+    model = peft.inject_adapter_in_model(config, Net())
+    with refused(ValueError, "first.base_layer: ", "take that adapter out first", model=model):
+        smoa.inject(model, ["first.base_layer"])
+
+
 def test_once_peft_s_adapter_is_taken_out_its_layer_is_adapted(peft, transformers):
     model = llama(transformers)
     y = logits(model)
