@@ -377,8 +377,7 @@ def inject(model, targets, **layer_options):
     plan = _matches(model, targets)
     _check_not_tied_by_name(model, plan)
     layers = _build(model, plan, {name: layer_options for name in plan})
-    _swap(model, {layer.base: layer for layer in layers.values()})
-    _freeze_all_but_factors(model, layers.values())
+    _install(model, layers.values())
     return list(layers)
 
 
@@ -547,12 +546,16 @@ def _swap(model, new):
     """Put new[module] wherever a module hangs in the model: a shared one hangs in several."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in new and parent is not new[child]:
+            if child in new:
                 parent._modules[name] = new[child]
 
 
-def _freeze_all_but_factors(model, new_layers):
-    """Only factors train; those that were there before keep their flag."""
+def _install(model, layers):
+    """Put new layers in the place of their bases, and freeze all but factors.
+
+    Factors that were there before keep their flag.
+    """
+    _swap(model, {layer.base: layer for layer in layers})
     factors = set()
     for _, layer in adapters(model):
         factors |= {*layer.A, *layer.B}
@@ -652,8 +655,7 @@ def load(model, path, *, check_base=True):
         layers = _build(model, plan, {name: config[name] | {"order": "natural"} for name in plan})
         _fill(layers, state, check_base)
         unload(model)
-        _swap(model, {layer.base: layer for layer in layers.values()})
-        _freeze_all_but_factors(model, layers.values())
+        _install(model, layers.values())
     return list(config)
 
 
@@ -726,7 +728,7 @@ def _sketch(layer):
 
 def _whole(tensor):
     """A tensor sharded by FSDP2 in one piece; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 # ------------------------------------------------------------------------------------------------
@@ -855,7 +857,7 @@ def _check_weight(weight):
         TypeError,
     )
     _require(
-        not hasattr(weight, "full_tensor"),
+        not _is_sharded(weight),
         "the weight is sharded over processes: adapt the model first, then shard it",
     )
     layout = "" if weight.layout == torch.strided else f", layout {weight.layout}"
@@ -948,15 +950,16 @@ def _check_injectable(model, plan):
             f"{names.get(compiled)}: this layer is compiled by itself, and what is compiled would "
             "not see the adapter: adapt first, then torch.compile",
         )
+        inner = parent._modules.get("base_layer")
+        _require(
+            inner not in names,
+            f"{names.get(inner)}: another adapter ({type(parent).__name__}) wraps this layer and "
+            "writes into its weight: take that adapter out first",
+        )
 
 
 def _check_parent(model, layer):
     for parent in model.modules():
-        _require(
-            parent._modules.get("base_layer") is not layer.base,
-            f"another adapter ({type(parent).__name__}) wraps this layer and writes into its "
-            "weight: take that adapter out first",
-        )
         attention = isinstance(parent, nn.MultiheadAttention)
         inside = attention and layer.base in parent._modules.values()
         _require(
@@ -1227,8 +1230,8 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 
 def _is_bare(base):
     """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
-    own_forward = "forward" in vars(base) or type(base).forward is not nn.Linear.forward
-    if own_forward and not (_is_conv1d(base) and "forward" not in vars(base)):
+    linear = type(base).forward is nn.Linear.forward or _is_conv1d(base)
+    if not linear or "forward" in vars(base):
         return False
     if base._forward_pre_hooks or base._forward_hooks:
         return False
