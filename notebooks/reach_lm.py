@@ -56,7 +56,7 @@ def trained_update(base, arm, path):
 
 def trained_updates(base, folder):
     """{target: updates} of the arms whose best run is in the folder."""
-    records, found = study_lm.read_records(), {}
+    records, found = study_lm.read_records(study_lm.RECORD), {}
     for arm in ("full", *study_lm.HEADLINE):
         runs = [r for r in records if r["arm"] == arm]
         path = folder / study_lm.kept_name(arm, study_lm.best_rung(arm, records) if runs else 0, 0)

@@ -31,7 +31,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from reach import blocks  # noqa: E402
-from study import ready_base  # noqa: E402
+from study import read_records, ready_base  # noqa: E402
 
 import smoa  # noqa: E402
 from texts import corpus  # noqa: E402
@@ -141,11 +141,6 @@ def found_share(model, answers):
         own += delta.square().sum().item()
         right += answers[name].double().square().sum().item()
     return inner**2 / (own * right)
-
-
-def read_records(path):
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def digest(model):

@@ -27,9 +27,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # smoa.py and the corpus
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # study.py; smoa.py and the corpus
+from study import read_records  # noqa: E402
+
 import smoa  # noqa: E402
-from train_shakespeare import corpus  # noqa: E402
+from train_shakespeare import adapter_options, corpus  # noqa: E402
 
 RECORD = Path(__file__).resolve().with_suffix(".jsonl")
 STEPS, BATCH, WINDOW = 80, 4, 96
@@ -173,39 +176,38 @@ def train(model, tokens, *, lr, seed, steps=STEPS, progress=None):
 # What is compared
 
 
-def options(method, rank, blocks=1):
-    """Options of a layer that trains rank (m + n) numbers, LoRA's count, for every method."""
-    return {
-        "lora": dict(rank=rank, num_blocks=1, modulate=False),
-        "hira": dict(rank=rank, num_blocks=1),
-        "melora": dict(rank=rank * blocks, num_blocks=blocks, modulate=False, order="natural"),
-        "smoa": dict(rank=rank * blocks, num_blocks=blocks),
-    }[method]
-
-
 # The middle of the first three rates, a rung of the ladder, and what adapts which layers.
 ARMS = {
-    "lora 1": (1, options("lora", 1)),
-    "smoa 1 K=2": (5, options("smoa", 1, 2)),
-    "hira 1": (3, options("hira", 1)),
-    "smoa 1 K=2 natural": (5, options("smoa", 1, 2) | dict(order="natural")),
-    "melora 1 K=4": (1, options("melora", 1, 4)),
-    "smoa 1 K=4": (5, options("smoa", 1, 4)),
-    "lora 8": (-2, options("lora", 8)),
-    "smoa r=8 K=2": (4, options("smoa", 4, 2)),  # the paper's own setting: half of LoRA 8's numbers
-    "lora 4": (-1, options("lora", 4)),
-    "smoa 1 K=4 natural": (5, options("smoa", 1, 4) | dict(order="natural")),
-    "lora 1 on half": (1, options("lora", 1) | dict(every=2)),  # every second transformer block
-    "smoa r=1 K=2": (6, options("smoa", 1, 2) | dict(rank=1)),  # one block of two has a branch
+    "lora 1": (1, adapter_options("lora", 1, 1)),
+    "smoa 1 K=2": (5, adapter_options("smoa", 1, 2)),
+    "hira 1": (3, adapter_options("hira", 1, 1)),
+    "smoa 1 K=2 natural": (5, adapter_options("smoa", 1, 2) | dict(order="natural")),
+    "melora 1 K=4": (1, adapter_options("melora", 1, 4)),
+    "smoa 1 K=4": (5, adapter_options("smoa", 1, 4)),
+    "lora 8": (-2, adapter_options("lora", 8, 1)),
+    "smoa r=8 K=2": (
+        4,
+        adapter_options("smoa", 4, 2),
+    ),  # the paper's own setting: half of LoRA 8's numbers
+    "lora 4": (-1, adapter_options("lora", 4, 1)),
+    "smoa 1 K=4 natural": (5, adapter_options("smoa", 1, 4) | dict(order="natural")),
+    "lora 1 on half": (
+        1,
+        adapter_options("lora", 1, 1) | dict(every=2),
+    ),  # every second transformer block
+    "smoa r=1 K=2": (
+        6,
+        adapter_options("smoa", 1, 2) | dict(rank=1),
+    ),  # one block of two has a branch
     "full": (-13, dict(method="full")),
-    "melora r=1 K=2": (1, options("melora", 1, 2) | dict(rank=1)),
-    "hira 4": (2, options("hira", 4)),
-    "smoa 4 K=4": (4, options("smoa", 4, 4)),
-    "melora 4 K=4": (0, options("melora", 4, 4)),
-    "smoa 4 K=4 natural": (4, options("smoa", 4, 4) | dict(order="natural")),
-    "smoa r=8 K=2 natural": (4, options("smoa", 4, 2) | dict(order="natural")),
-    "lora 1 long": (-1, options("lora", 1) | dict(steps=4 * STEPS)),
-    "smoa 1 K=2 long": (4, options("smoa", 1, 2) | dict(steps=4 * STEPS)),
+    "melora r=1 K=2": (1, adapter_options("melora", 1, 2) | dict(rank=1)),
+    "hira 4": (2, adapter_options("hira", 4, 1)),
+    "smoa 4 K=4": (4, adapter_options("smoa", 4, 4)),
+    "melora 4 K=4": (0, adapter_options("melora", 4, 4)),
+    "smoa 4 K=4 natural": (4, adapter_options("smoa", 4, 4) | dict(order="natural")),
+    "smoa r=8 K=2 natural": (4, adapter_options("smoa", 4, 2) | dict(order="natural")),
+    "lora 1 long": (-1, adapter_options("lora", 1, 1) | dict(steps=4 * STEPS)),
+    "smoa 1 K=2 long": (4, adapter_options("smoa", 1, 2) | dict(steps=4 * STEPS)),
 }
 # The most valuable runs first: an arm, and the seeds it is to have before the next is looked at.
 HEADLINE = ("lora 1", "smoa 1 K=2")
@@ -327,10 +329,6 @@ def describe(base):
     for _, tensor in sorted(base.state_dict().items()):
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()[:12]
-
-
-def read_records(path=RECORD):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def kept_name(arm, rung, seed):
