@@ -830,7 +830,7 @@ def test_checkpointed_model_learns_the_same(layer_options, use_reentrant):
 # --------------------------------------------------------------------------------------------------
 # DistributedDataParallel
 
-TWO_PROCESSES = """
+IN_EACH_PROCESS = """
     import gc
     import sys
     from pathlib import Path
@@ -868,8 +868,9 @@ TWO_PROCESSES = """
             optimizer.zero_grad()
             model(batch).square().sum(-1).mean().backward()
             optimizer.step()
+"""
 
-
+TWO_PROCESSES = """
     cases = {
         "r past K": {"rank": 4, "num_blocks": 2},
         "r below K": {"rank": 2, "num_blocks": 3},
@@ -909,57 +910,23 @@ TWO_PROCESSES = """
 
 
 def test_two_processes_learn_what_one_would_from_the_whole_batch(tmp_path):
-    run_alone(tmp_path, TWO_PROCESSES, processes=2)
+    run_alone(tmp_path, IN_EACH_PROCESS + TWO_PROCESSES, processes=2)
 
 
 # --------------------------------------------------------------------------------------------------
 # FSDP2: weights and factors sharded over two processes
 
 SHARDED = """
-    import sys
-    from pathlib import Path
-
-    import torch
-    import torch.distributed as dist
-    from torch import nn
     from torch.distributed.fsdp import fully_shard
 
-    import smoa
-
-    rank = int(sys.argv[1])
-    here = Path(__file__).parent
-    meeting = f"file://{here / 'meet'}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,))
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-
-
-    def net():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-    def make(**layer_options):
-        model = net()
-        smoa.inject(model, "0|2", **layer_options)
-        for _, layer in smoa.adapters(model):
-            for B_k in layer.B:
-                nn.init.normal_(B_k)
-        return model
 
 
     def shard(model):
         for layer in (model[0], model[2]):
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
-
-
-    def train(model, batch):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(batch).square().sum(-1).mean().backward()
-            optimizer.step()
 
 
     cases = {"r past K": {"rank": 4, "num_blocks": 2}, "r below K": {"rank": 2, "num_blocks": 3}}
@@ -988,4 +955,4 @@ SHARDED = """
 
 
 def test_two_processes_that_shard_a_model_learn_what_one_would(tmp_path):
-    run_alone(tmp_path, SHARDED, processes=2)
+    run_alone(tmp_path, IN_EACH_PROCESS + SHARDED, processes=2)
