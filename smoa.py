@@ -19,9 +19,9 @@ pair modulate each of the K aligned blocks:
     r_k    rank of branch k, sum r_k = r     M_k   (m_k, n_k)   frozen
     T      rows of x: tokens, samples        x     (T, n), or (..., n)
 
-Trained: sum_k r_k (m_k + n_k) numbers, r (m + n) / K where K divides r: K times fewer than LoRA of
-rank r. The rank of delta_W can still reach sum_k min(m_k, n_k, r_k rank M_k), since a Hadamard
-product multiplies ranks; LoRA's stops at r.
+Trained: sum_k r_k (m_k + n_k) numbers; where K divides r, r (m + n) / K, LoRA's of rank r over K.
+The rank of delta_W still reaches sum_k min(m_k, n_k, r_k rank M_k): a Hadamard product multiplies
+ranks; LoRA's stops at r.
 
 One square holds the family: `num_blocks=1, modulate=False` is LoRA (2106.09685), `num_blocks=1`
 is HiRA (ICLR 2025), `modulate=False, order="natural"` is MELoRA (2402.17263), the default is SMoA.
@@ -40,12 +40,12 @@ Where this file departs from the paper's code, and why:
 - With one block the order changes nothing, so none is computed.
 - Merging puts W0's own blocks aside and unmerging puts them back: bit for bit, in every dtype.
 
-When not to use it: the step is scaled by |W0|, so it wants a learning rate several times LoRA's; a
-zero weight cannot be adapted (its anchor is zero); and a higher rank is not by itself a better
-result, see README.md. Merge before generating token by token.
+When not to use it, and how: start with LoRA; a higher rank is no better by itself (README.md). For
+SMoA take K = 2, r = 2, rates by factors of two from three times LoRA's up (a step is scaled by
+|W0|), and order="natural" where the set-up is too slow: no loss that we could measure. Merge before
+generating token by token. A zero weight cannot be adapted: its anchor is zero.
 
-Read on, and stop where you like: the order, the layer, the verbs, the file, the counts, the door
-(every check and its message), number formats, and last what only saves time and memory.
+Stop reading where you like: order, layer, verbs, file, counts, door (the checks), what saves time.
 """
 
 import contextlib
@@ -60,7 +60,6 @@ import tempfile
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 # ------------------------------------------------------------------------------------------------
 # The order
@@ -70,7 +69,7 @@ def spectral_order(weight):
     """Rows and columns of a weight, sorted by their mean position in its singular spectrum.
 
     With W = U diag(s) Vh, row i spreads its energy (s_j U_ij)^2 over the directions j; its position
-    is the mean j, weighted with that energy. Of a column: the same with V.
+    is the mean j, weighted with that energy. Of a column: the same with V (2605.21147).
 
     Args:
         weight: (m, n), floating, finite, any device. Computed in float64.
@@ -80,7 +79,6 @@ def spectral_order(weight):
     Raises:
         TypeError: the weight is no dense 2-D floating tensor.
         ValueError: it has no values (meta device), or not only finite ones.
-    Source: 2605.21147.
 
     >>> spectral_order(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
     (tensor([1, 2, 0]), tensor([1, 2, 0]))
@@ -151,19 +149,16 @@ class SMoALinear(nn.Module):
         _check_linear(base)
         self.transposed = _is_conv1d(base)
         W0 = self._turn(base.weight.detach())
-        m, n = W0.shape
-        self.out_features = m
-        self.in_features = n
-        self.rank = rank
-        self.num_blocks = num_blocks
-        self.branch_ranks = _checked_branch_ranks(branch_ranks, m, n, rank, num_blocks)
+        self.out_features, self.in_features = W0.shape
+        self.rank, self.num_blocks = rank, num_blocks
+        self.branch_ranks = _checked_branch_ranks(branch_ranks, *W0.shape, rank, num_blocks)
         self.alpha = _checked_alpha(rank if alpha is None else alpha)
         self.scale = self.alpha / rank
         self.dropout = _checked_dropout(dropout)
         self.modulate = bool(modulate)
         if isinstance(order, str) and order == "spectral" and num_blocks > 1:
             order = spectral_order(W0)
-        self.row_order, self.col_order = _checked_orders(order, m, n, W0.device)
+        self.row_order, self.col_order = _checked_orders(order, *W0.shape, W0.device)
 
         # Half precision is for the frozen weight; a factor that learns in small steps needs more.
         options = dict(dtype=torch.promote_types(W0.dtype, torch.float32), device=W0.device)
@@ -182,8 +177,6 @@ class SMoALinear(nn.Module):
         self.enabled = True  # False inside `disabled(model)`
         self._set_aside = None  # while merged: the K blocks of W0 that the merge replaced
         self.train(base.training)
-
-    # ---- the blocks
 
     @property
     def rows(self):
@@ -216,13 +209,11 @@ class SMoALinear(nn.Module):
             product = self.scale * (B_k @ A_k)  # (m_k, r_k) @ (r_k, n_k) -> (m_k, n_k)
         return product * self.anchor(k) if self.modulate else product
 
-    # ---- the whole matrix
-
     def delta_weight(self):
         """delta_W (m, n): the deltas in their blocks, 0 elsewhere. Differentiable in A and B."""
         delta_W = self.A[0].new_zeros(self.out_features, self.in_features)
         for k in range(self.num_blocks):
-            delta_W[self._at(k)] = self.delta(k)
+            delta_W[self.rows[k][:, None], self.cols[k]] = self.delta(k)
         return delta_W
 
     def original_weight(self):
@@ -244,8 +235,6 @@ class SMoALinear(nn.Module):
     def bias(self):
         return self.base.bias
 
-    # ---- forward
-
     def forward(self, x):  # (..., n) -> (..., m)
         if self.merged or not self.enabled:
             return _no_gradient_past_merge(self, self.base(x))
@@ -256,7 +245,7 @@ class SMoALinear(nn.Module):
     def plain_forward(self, x):  # (..., n) -> (..., m)
         """The formula: the base runs with W0 + delta_W for its weight, or beside x delta_W^T."""
         if _one_matmul_will_do(self, x):
-            return functional_call(self.base, {"weight": self.weight}, (x,))
+            return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
         return _add_within(self.base, x, self.update)
 
     def update(self, x):  # (..., n) -> (..., m)
@@ -264,8 +253,6 @@ class SMoALinear(nn.Module):
         _check_at_hand(self, x)
         z = F.dropout(x, self.dropout, self.training)
         return F.linear(z, self.delta_weight().to(_matmul_dtype(x)))
-
-    # ---- merging
 
     @property
     def merged(self):
@@ -300,9 +287,9 @@ class SMoALinear(nn.Module):
         return torch.cat([self.row_order, self.col_order]).int()
 
     def set_extra_state(self, orders):
-        m, n = self.out_features, self.in_features
-        orders = _checked_orders(orders.tensor_split([m]), m, n, self.row_order.device)
-        self.row_order, self.col_order = orders
+        shape, device = (self.out_features, self.in_features), self.row_order.device
+        orders = orders.tensor_split([self.out_features])
+        self.row_order, self.col_order = _checked_orders(orders, *shape, device)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.unmerge()
@@ -313,10 +300,9 @@ class SMoALinear(nn.Module):
         super()._apply(fn, *args, **kwargs)
         if self.merged:
             self._set_aside = [fn(anchor) for anchor in self._set_aside]
-        device = self.base.weight.device
-        if device.type != "meta":
-            self.row_order = self.row_order.to(device)
-            self.col_order = self.col_order.to(device)
+        if not self.base.weight.is_meta:
+            self.row_order = self.row_order.to(self.base.weight.device)
+            self.col_order = self.col_order.to(self.base.weight.device)
         return self
 
     def extra_repr(self):
@@ -327,14 +313,10 @@ class SMoALinear(nn.Module):
         """From the base's own orientation to (m, n), or back."""
         return W.mT if self.transposed else W
 
-    def _at(self, k):
-        """The index of block k in an (m, n) matrix."""
-        return self.rows[k][:, None], self.cols[k]
-
     def _put(self, W, blocks):
         """Write K blocks into W (m, n), in place."""
         for k, block in enumerate(blocks):
-            W[self._at(k)] = block.to(W)
+            W[self.rows[k][:, None], self.cols[k]] = block.to(W)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -564,7 +546,7 @@ def _install(model, layers):
 
 
 def _layer_state(layer):
-    _check_not_meta(layer)
+    _check_has_values(layer)
     state = {}
     for k, r_k in enumerate(layer.branch_ranks):
         if r_k > 0:
@@ -917,8 +899,8 @@ def _check_linear(base):
 def _check_own_weight(base, error):
     _require(
         "weight" in base._parameters,
-        f"the weight of this {type(base).__name__} is computed, by a parametrization or a hook "
-        "(pruning, weight norm): remove that first",
+        f"the weight of this {type(base).__name__} is computed, by a parametrization, a hook "
+        "(pruning, weight norm) or another adapter: remove that first",
         error,
     )
 
@@ -1010,7 +992,7 @@ def _check_mergeable(model):
             _check_own_weight(layer.base, ValueError)
             weight = layer.base.weight
             _require(
-                not _is_sharded(weight),
+                weight.ndim == 2 and not _is_sharded(weight),
                 "a weight that is sharded over processes (FSDP) cannot be merged: save the "
                 "adapter, load it into the plain model, and merge that",
             )
@@ -1040,12 +1022,17 @@ def _check_not_merged(layer):
     )
 
 
-def _check_not_meta(layer):
+def _check_has_values(layer):
     for tensor in [layer.base.weight, *layer.A, *layer.B]:
         _require(
             not tensor.is_meta,
             "weights are on the meta device and have no values: save or load an adapter while "
             "the model is in memory, before it is offloaded",
+        )
+        _require(
+            tensor.ndim == 2,
+            "weights are flat shards of FullyShardedDataParallel: do this inside its "
+            "summon_full_params(model)",
         )
 
 
@@ -1148,11 +1135,12 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def _one_matmul_will_do(layer, x):
-    """Whether x (W0 + delta_W)^T says the same as x W0^T + x delta_W^T."""
-    if layer.base._forward_pre_hooks:  # they may bring another W0, or take one away after
-        return False
+    """Whether the base, run with W0 + delta_W for its weight, says what the two terms say."""
+    base = layer.base
+    if base._forward_pre_hooks or "weight" not in base._parameters or "weight" in vars(base):
+        return False  # hook, parametrization, sharding, another adapter: theirs, not to be replaced
     _check_at_hand(layer, x)
-    half = {_matmul_dtype(x), layer.base.weight.dtype} & {torch.float16, torch.bfloat16}
+    half = {_matmul_dtype(x), base.weight.dtype} & {torch.float16, torch.bfloat16}
     if half:  # the sum would be rounded, and a small delta_W lost in it
         return False
     return not (layer.training and layer.dropout)  # which is for the input of delta_W alone

@@ -525,6 +525,21 @@ def test_a_forward_put_on_the_base_is_asked(way):
     assert torch.equal(layer(x), 3 * plain)
 
 
+class Doubled(nn.Module):
+    def forward(self, W):
+        return 2 * W
+
+
+def test_a_base_parametrized_later_computes_with_its_new_weight():
+    layer = smoa.SMoALinear(nn.Linear(6, 4), rank=4)
+    for B_k in layer.B:
+        nn.init.normal_(B_k)
+    nn.utils.parametrize.register_parametrization(layer.base, "weight", Doubled())
+    x = torch.randn(3, 6)
+    expected = F.linear(x, layer.base.weight + layer.delta_weight(), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_a_base_that_is_unfrozen_learns(way):
     layer = layer_6_8()
     x = input_of(layer, 3, seed=1)
@@ -956,3 +971,38 @@ SHARDED = """
 
 def test_two_processes_that_shard_a_model_learn_what_one_would(tmp_path):
     run_alone(tmp_path, IN_EACH_PROCESS + SHARDED, processes=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# FullyShardedDataParallel, the older one: while it computes, a weight is an attribute of its module
+
+FLAT_SHARDS = """
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    options = {"rank": 3, "num_blocks": 2}
+    alone, inner = make(**options), make(**options)
+    model = FSDP(inner, use_orig_params=True, device_id=torch.device("cpu"))
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(x), alone(x))
+    train(alone, x)
+    train(model, x[4 * rank :][:4])
+    torch.testing.assert_close(model(x), alone(x))
+
+    file = here / f"adapter.{rank}"
+    for verb in (lambda: smoa.save(model, file), lambda: smoa.merge(model)):
+        try:
+            verb()
+            raise SystemExit("used the shards as if they were weights")
+        except ValueError as error:
+            assert "shard" in str(error), error
+    with FSDP.summon_full_params(model):
+        smoa.save(model, file)
+    plain = net()
+    assert smoa.load(plain, file) == ["0", "2"]
+    torch.testing.assert_close(plain(x), alone(x))
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_with_flat_shards_learn_what_one_would(tmp_path):
+    run_alone(tmp_path, IN_EACH_PROCESS + FLAT_SHARDS, processes=2)

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from strategies import (
     Net,
     X,
@@ -501,3 +502,15 @@ def test_peft_refuses_an_adapted_layer(peft):
     model = adapted(["first"])
     with pytest.raises(ValueError, match="SMoALinear"):
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["first"]), model)
+
+
+def test_an_adapter_of_peft_put_inside_the_layer_adds_to_it(peft):
+    model = adapted(["first"])
+    layer = model.first
+    config = peft.LoraConfig(target_modules=["first.base"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    lora = layer.base.get_delta_weight("default")
+    W = layer.base.base_layer.weight + lora + layer.delta_weight()
+    torch.testing.assert_close(layer(X), F.linear(X, W, layer.bias))
+    with pytest.raises(ValueError, match="first: .* another adapter"):
+        smoa.merge(model)
