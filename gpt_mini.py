@@ -57,7 +57,8 @@ class TokenShift(nn.Module):
         self.mix = nn.Parameter(torch.full((n_embd,), 0.5))
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
-        previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+        zero = torch.zeros_like(x[:, :1])
+        previous = torch.cat((zero, x[:, :-1]), dim=1)
         return torch.lerp(x, previous, self.mix.to(x.dtype))
 
 
@@ -66,7 +67,8 @@ def rotate(x, cos, sin):
 
     x (B, H, T, d); cos, sin (T, d).
     """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # channel i meets i + d/2, and the other way round
+    return x * cos + other * sin
 
 
 class Attention(nn.Module):
@@ -80,17 +82,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=False)
         theta = 10000.0 ** (-torch.arange(0, d, 2) / d)
         angle = torch.outer(torch.arange(config.block_size), theta)  # (block_size, d / 2)
-        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
-        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
+        cos = torch.cat((angle.cos(), angle.cos()), dim=-1)  # (block_size, d)
+        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
-        q = rotate(q, self.cos[:T], self.sin[:T]).to(v.dtype)
-        k = rotate(k, self.cos[:T], self.sin[:T]).to(v.dtype)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
+        cos, sin = self.cos[:T], self.sin[:T]
+        q = rotate(q, cos, sin).to(v.dtype)
+        k = rotate(k, cos, sin).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, d)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -101,7 +107,8 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return F.dropout(self.proj(F.gelu(self.fc(x))), self.dropout, self.training)
+        x = F.gelu(self.fc(x))
+        return F.dropout(self.proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -132,7 +139,8 @@ class GPT(nn.Module):
         small = 0.02 / math.sqrt(2 * config.n_layer)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=small if name.endswith("proj.weight") else 0.02)
+                std = small if name.endswith("proj.weight") else 0.02
+                nn.init.normal_(p, std=std)
 
     def forward(self, idx, targets=None):
         """Next-token logits, and their loss where targets are given.
@@ -175,9 +183,12 @@ class GPT(nn.Module):
         training = self.training
         self.eval()
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, vocab_size)
+            context = idx[:, -self.config.block_size :]
+            logits, _ = self(context)
+            logits = logits[:, -1].float()  # (B, vocab_size)
             if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                k = min(top_k, logits.shape[-1])
+                kth = logits.topk(k).values[:, -1:]  # (B, 1)
                 logits[logits < kth] = -math.inf
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)  # (B, 1)
