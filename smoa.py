@@ -8,7 +8,7 @@ of W0 by their place in its singular spectrum, cut both orders into K pieces, an
 pair modulate each of the K aligned blocks:
 
     W0       = U diag(s) Vh                                 s descending, q = min(m, n) directions
-    p_i      = sum_j j (s_j U_ij)^2 / sum_j (s_j U_ij)^2    position of row i; of a column: with V
+    p_i      = sum_j j (s_j U_ij)^2 / sum_j (s_j U_ij)^2    position of row i, j from 0; columns: V
     rows_k   = piece k of argsort(p) over the rows          cols_k likewise, as torch.tensor_split
     M_k      = W0[rows_k, cols_k]                           the anchor: W0 itself, no second copy
     delta_W  = (alpha / r) (B_k A_k) * M_k                  at (rows_k, cols_k); 0 elsewhere
@@ -19,7 +19,7 @@ pair modulate each of the K aligned blocks:
     r_k    rank of branch k, sum r_k = r     M_k   (m_k, n_k)   frozen
     T      rows of x: tokens, samples        x     (T, n), or (..., n)
 
-Trained: sum_k r_k (m_k + n_k) numbers; where K divides r, r (m + n) / K, LoRA's of rank r over K.
+Trained: sum_k r_k (m_k + n_k) numbers: where K divides r, 1/K of what LoRA of rank r trains.
 The rank of delta_W still reaches sum_k min(m_k, n_k, r_k rank M_k): a Hadamard product multiplies
 ranks; LoRA's stops at r.
 
@@ -35,17 +35,17 @@ is HiRA (ICLR 2025), `modulate=False, order="natural"` is MELoRA (2402.17263), t
 Where this file departs from the paper's code, and why:
 - The order is saved with the factors. Close positions sort differently on another machine, and
   the factors would land elsewhere.
-- Equal singular values share their mean index, and positions are compared to 6 decimals, so that
-  exact ties go by index, not by rounding.
+- Singular values that cannot be told apart share their mean index, and positions are compared to
+  6 decimals, so that exact ties go by index, not by rounding.
 - With one block the order changes nothing, so none is computed.
 - Merging puts W0's own blocks aside and unmerging puts them back: bit for bit, in every dtype.
 
-When not to use it, and how: start with LoRA; a higher rank is no better by itself (README.md). For
-SMoA take K = 2, r = 2, rates by factors of two from three times LoRA's up (a step is scaled by
-|W0|), and order="natural" where the set-up is too slow: no loss that we could measure. Merge before
-generating token by token. A zero weight cannot be adapted: its anchor is zero.
+Recipe, and when not to use it: start with LoRA; more rank is no better by itself (README.md). For
+SMoA take K = 2 and r_k = LoRA's r, as many parameters; search the rate from three times LoRA's up,
+doubling, since a step is scaled by |W0|; order="natural" spares the set-up and costs next to
+nothing. Merge before generating token by token. A zero weight cannot be adapted: zero anchors.
 
-Stop reading where you like: order, layer, verbs, file, counts, door (the checks), what saves time.
+Stop where you like: order, layer, verbs, file, counts, door (checks), small tools, what saves time.
 """
 
 import contextlib
@@ -60,6 +60,7 @@ import tempfile
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 # ------------------------------------------------------------------------------------------------
 # The order
@@ -84,21 +85,21 @@ def spectral_order(weight):
     (tensor([1, 2, 0]), tensor([1, 2, 0]))
     """
     _check_weight(weight)
-    W = _scaled_to_one(weight)
-    if W.shape[0] < W.shape[1]:  # so that W^T W below is the smaller one of two Gram matrices
+    if weight.shape[0] < weight.shape[1]:  # so that W^T W below is the smaller Gram matrix
         col_order, row_order = spectral_order(weight.mT)
         return row_order, col_order
 
+    W = _scaled_to_one(weight)
     s2, V, col_energy = _right_singular(W)  # s_j^2 (n,), V (n, n), s_j^2 V_ij^2 (n, n)
     row_energy = (W @ V).square()  # s_j^2 U_ij^2 (m, n), since W V = U diag(s)
     index = _direction_index(s2)  # 0, 1, ..., n - 1
 
-    def order(energy):  # (size, n) -> (size,)
+    def sorted_by(energy):  # (size, n) -> (size,)
         position = energy @ index / energy.sum(1).clamp(min=_TINY)  # a zero row stays at 0
         # Ties must go by index, and rounding errors are far below 1e-6.
         return position.round(decimals=6).argsort(stable=True).to(weight.device)
 
-    return order(row_energy), order(col_energy)
+    return sorted_by(row_energy), sorted_by(col_energy)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ class SMoALinear(nn.Module):
         return [getattr(self, f"B_{k}") for k in range(self.num_blocks)]
 
     def anchor(self, k):
-        """M_k = W0[rows_k, cols_k], (m_k, n_k), a copy."""
+        """M_k = W0[rows_k, cols_k], (m_k, n_k), to be read only."""
         if self.merged:
             return self._set_aside[k]
         return self._turn(self.base.weight)[self.rows[k]][:, self.cols[k]]
@@ -262,8 +263,8 @@ class SMoALinear(nn.Module):
     def merge(self):
         """Let base.weight become W0 + delta_W, in place; the blocks of W0 it replaces are kept.
 
-        Merging twice is merging once. Every module that shares the weight sees the change:
-        `smoa.merge(model)` checks for that, a lone layer cannot.
+        Until `unmerge`, backward in training mode and `nn.Module.state_dict` raise. What shares the
+        weight changes too: `smoa.merge(model)` refuses that, a lone layer cannot.
         """
         if self.merged:
             return
@@ -340,7 +341,8 @@ def inject(model, targets, **layer_options):
     """Wrap every target in a SMoALinear, in place, and freeze everything but the adapters.
 
     The order of a large layer takes seconds. To see it go on, adapt the layers one by one:
-    `for name in tqdm(names): smoa.inject(model, [name])`.
+    `for name in tqdm(names): smoa.inject(model, [name])`. Of several processes let one inject and
+    save, and all load: DistributedDataParallel sends factors around, but no orders.
     Running statistics, as BatchNorm's, are no parameters: they move on in training mode, and no
     adapter file holds them.
 
@@ -357,7 +359,6 @@ def inject(model, targets, **layer_options):
         The model is then as before.
     """
     plan = _matches(model, targets)
-    _check_not_tied_by_name(model, plan)
     layers = _build(model, plan, {name: layer_options for name in plan})
     _install(model, layers.values())
     return list(layers)
@@ -412,14 +413,15 @@ def disabled(model):
     Merged layers are unmerged for the time. Layers that come in meanwhile are off as well.
     """
     before = {layer: (layer.enabled, layer.merged) for _, layer in adapters(model)}
-    _disabled.append(set(model.modules()))
+    modules = set(model.modules())
+    _disabled.append(modules)
     try:
         for layer in before:
             layer.unmerge()
             layer.enabled = False
         yield model
     finally:
-        _disabled.pop()
+        _disabled.remove(modules)
         for _, layer in adapters(model):
             enabled, merged = before.get(layer, (_starts_enabled(layer), False))
             layer.enabled = enabled
@@ -432,7 +434,7 @@ def _starts_enabled(layer):
 
 
 def state_dict(model):
-    """The adapter alone, as a flat dict of tensors; factors and orders are the live ones.
+    """The adapter alone, as a flat dict of tensors; the factors are the live ones.
 
     Per layer: `NAME.A_k` and `NAME.B_k` of every branch with a rank; `NAME.order`, (m + n,) int32,
     rows first, unless it is the natural order; `NAME.base_sketch`, which tells the base weight
@@ -450,7 +452,8 @@ def load_state_dict(model, state, *, check_base=True):
     """Copy an adapter's state into the adapted layers of the model, which come out unmerged.
 
     Args:
-        state: what `state_dict` gave for layers of the same names and shapes.
+        state: what `state_dict` gave for layers of the same names and shapes. It does not hold
+            alpha, dropout and modulate, which must be the same; `load` sees to them.
         check_base: refuse a base weight that differs from the adapter's own by more than 0.4 % in
             Frobenius norm: enough for a cast to bfloat16 (0.2 %), not for another checkpoint.
     Raises:
@@ -462,18 +465,20 @@ def load_state_dict(model, state, *, check_base=True):
 # What the verbs are made of
 
 
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
+# How wrappers name the one module that they wrap; "module" is theirs only in the types below.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def _named_modules(model, name=""):
     """(dotted name, module) over the model, a shared module once for every place it hangs in.
 
-    A module whose only child has a wrapper's name for it passes its own name on to that child.
+    A wrapper passes its own name on to the module that it wraps.
     """
     yield name, model
     if isinstance(model, SMoALinear):
         return
-    wraps = len(model._modules) == 1 and _WRAPPERS.issuperset(model._modules)
+    wraps = isinstance(model, _WRAPPERS) or bool(_WRAPPED & model._modules.keys())
     for child_name, child in model._modules.items():
         if child is not None:
             yield from _named_modules(child, name if wraps else _join(name, child_name))
@@ -550,8 +555,8 @@ def _layer_state(layer):
     state = {}
     for k, r_k in enumerate(layer.branch_ranks):
         if r_k > 0:
-            state[f"A_{k}"] = _whole(layer.A[k])
-            state[f"B_{k}"] = _whole(layer.B[k])
+            state[f"A_{k}"] = _unsharded(layer.A[k])
+            state[f"B_{k}"] = _unsharded(layer.B[k])
     order = torch.cat([layer.row_order, layer.col_order]).int()
     if not torch.equal(order, _natural_order(layer)):
         state["order"] = order
@@ -585,13 +590,13 @@ def _fill(layers, state, check_base):
 
 
 # ------------------------------------------------------------------------------------------------
-# The file
+# The file: what torch.save writes of {"config": {NAME: options}, "state": state_dict(model)}, then
+# 32 bytes, the sha256 of that
 
 
 def save(model, path):
     """Write the model's adapter (factors, orders, configuration) to one file, whole or not at all.
 
-    The file is what `torch.save` writes of {"config": ..., "state": ...}, and its sha256 after it.
     Under FSDP2 every process must call it; all write the same.
 
     Raises:
@@ -618,8 +623,8 @@ def load(model, path, *, check_base=True):
         The names of the adapted layers.
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, names a layer that the model has not, or does not fit the model's
-            shapes or its base weights. The model is then as before.
+        ValueError, TypeError: it is damaged, names a layer that the model has not or that is no
+            linear one, or does not fit the shapes or the base weights. The model is as before.
     """
     config, state = _read(path)
     if isinstance(model, SMoALinear):  # it hangs nowhere, where another could take its place
@@ -664,13 +669,14 @@ def _read(path):
 
 
 def write_whole(path, data):
-    """Write bytes to a file: all of them, or the file stays as it was, at whatever moment we stop.
+    """Write bytes to a file: all, or it stays as it was, whenever this process may be stopped.
 
-    The data go to a temporary file beside it, which then takes its name. As with a plain write, an
-    old file keeps its mode, a symbolic link still points to it, and a pipe or device gets the data.
+    The data go to a temporary file beside it, which then takes its name: the folder must let us
+    write. As with a plain write, an old file keeps its mode, a symbolic link still points to it,
+    and a pipe or device gets the data.
 
     Raises:
-        OSError: as `open(path, "wb")` would, of this path.
+        OSError: of this path.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
@@ -680,7 +686,7 @@ def write_whole(path, data):
     if target.is_file():
         target.open("r+b").close()  # raises where we may not write
     try:
-        with tempfile.TemporaryDirectory(".tmp", prefix=".", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent, suffix=".tmp") as folder:
             whole = pathlib.Path(folder, target.name)
             whole.write_bytes(data)
             if target.is_file():
@@ -697,7 +703,7 @@ def _sketch(layer):
     about ||E||_F^2 (a random projection: Johnson and Lindenstrauss). The probes are chirps,
     sqrt(2) cos(i^2 sqrt(a)): as good as random for this, and the same on every machine.
     """
-    W = _whole(layer.original_weight()).detach().cpu().double()
+    W = _unsharded(layer.original_weight()).detach().cpu().double()
     probes = []
     a = W.new_tensor(range(1, 33))
     for size in W.shape:
@@ -708,7 +714,7 @@ def _sketch(layer):
     return torch.cat([projection.flatten(), W.norm()[None]]).float()
 
 
-def _whole(tensor):
+def _unsharded(tensor):
     """A tensor sharded by FSDP2 in one piece; any other as it is."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
@@ -844,9 +850,9 @@ def _check_weight(weight):
     )
     layout = "" if weight.layout == torch.strided else f", layout {weight.layout}"
     _require(
-        weight.ndim == 2 and weight.dtype in _DTYPES and not layout,
-        "a linear layer's weight must be a dense 2-D tensor of float16, bfloat16, float32 or "
-        f"float64, got {weight.dtype} of shape {tuple(weight.shape)}{layout}",
+        weight.ndim == 2 and weight.numel() and weight.dtype in _DTYPES and not layout,
+        "a linear layer's weight must be a dense 2-D tensor, not empty, of float16, bfloat16, "
+        f"float32 or float64, got {weight.dtype} of shape {tuple(weight.shape)}{layout}",
         TypeError,
     )
     _require(
@@ -879,7 +885,8 @@ def _check_linear(base):
             f"{kind} is no plain linear layer but holds others ({holds}): target a linear layer "
             "among those; if this is another adapter's layer, take that adapter out first"
         )
-    linear = hasattr(base, "weight") and hasattr(base, "bias") and not hasattr(base, "eps")
+    norm = hasattr(base, "eps")  # LayerNorm and its kin have a weight and a bias, too
+    linear = hasattr(base, "weight") and hasattr(base, "bias") and not norm
     _require(
         linear,
         f"{kind} is no linear layer: SMoA wraps nn.Linear, or a module with its weight and bias",
@@ -920,6 +927,8 @@ def _check_found(found, target, modules):
 
 def _check_injectable(model, plan):
     """Refuse what would hold the old layer in a hand of its own, past the model's modules."""
+    _check_not_tied_by_name(model, plan)
+    _require(len(set(plan.values())) == len(plan), f"of {list(plan)}, some are one module")
     names = {module: name for name, module in plan.items()}
     for parent in model.modules():
         _require(
@@ -961,7 +970,7 @@ def _named_errors(name):
 
 
 def _owners(model):
-    """[(tensor, "dotted name of its module and itself")] over the model, a shared one as often."""
+    """[(parameter, dotted name)] over the model; a shared one under each of its names."""
     owners = []
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
@@ -977,7 +986,7 @@ def _check_not_tied_by_name(model, plan):
     owners = _owners(model)
     for name, module in plan.items():
         weight = module._parameters.get("weight")
-        shared = [owner for p, owner in owners if p is weight and p is not None]
+        shared = [owner for p, owner in owners if p is weight]
         _require(
             len(shared) < 2,
             f"{name}: {' and '.join(shared)} are one tensor, and this model ties them again by "
@@ -1069,8 +1078,9 @@ def _check_state(layers, own, state, check_base):
         order_key = _join(name, "order")
         with _named_errors(order_key):
             _checked_orders(state[order_key].tensor_split([m]), m, n, "cpu")
+        tensors = [layer.base.weight, *layer.A, *layer.B]
         _require(
-            not _is_sharded(layer.base.weight),
+            not any(_is_sharded(tensor) for tensor in tensors),
             f"{name}: the layer is sharded over processes: load the adapter first, then shard",
         )
         if check_base:
@@ -1097,7 +1107,7 @@ def _check_base(name, sketch, adapter_sketch):
 
 
 class _NoGradientPastMerge(torch.autograd.Function):
-    """The identity, whose backward raises: a merged layer has no factors to train."""
+    """The identity, whose backward raises: in a merged layer the factors take no part."""
 
     generate_vmap_rule = True
 
@@ -1140,9 +1150,9 @@ def _one_matmul_will_do(layer, x):
     if base._forward_pre_hooks or "weight" not in base._parameters or "weight" in vars(base):
         return False  # hook, parametrization, sharding, another adapter: theirs, not to be replaced
     _check_at_hand(layer, x)
-    half = {_matmul_dtype(x), base.weight.dtype} & {torch.float16, torch.bfloat16}
-    if half:  # the sum would be rounded, and a small delta_W lost in it
-        return False
+    half = (torch.float16, torch.bfloat16)
+    if _matmul_dtype(x) in half or base.weight.dtype in half:
+        return False  # the sum would be rounded, and a small delta_W lost in it
     return not (layer.training and layer.dropout)  # which is for the input of delta_W alone
 
 
@@ -1191,12 +1201,12 @@ def _right_singular(W):
     """
     s2, V = torch.linalg.eigh(W.mT @ W)  # ascending
     s2, V = s2.flip(0).clamp(min=0), V.flip(1)
-    norms = W.square().sum(0)  # (n,), of the columns
-    drowned = (0 < norms) & (norms < 1e-7 * s2[0])
+    energy = W.square().sum(0)  # (n,), of the columns
+    drowned = (0 < energy) & (energy < 1e-7 * s2[0])
     if drowned.any():
         U, s, Vh = torch.linalg.svd(W, full_matrices=False)
         return s.square(), Vh.mT, (W.mT @ U).square()
-    return s2, V, s2 * V.square() * (norms > 0)[:, None]  # a zero column has exactly none
+    return s2, V, s2 * V.square() * (energy > 0)[:, None]  # a zero column has exactly none
 
 
 def _direction_index(s2):
@@ -1218,7 +1228,7 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 
 def _is_bare(base):
     """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
-    linear = type(base).forward is nn.Linear.forward or _is_conv1d(base)
+    linear = type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D"
     if not linear or "forward" in vars(base):
         return False
     if base._forward_pre_hooks or base._forward_hooks:
@@ -1230,33 +1240,34 @@ def _is_bare(base):
 
 def _lean_forward(layer, x):  # (..., n) -> (..., m)
     """As `layer.plain_forward(x)`, over a bare base."""
+    parts = layer.scale, layer.rows, layer.cols, layer.A, layer.B
     if layer.modulate and _one_matmul_will_do(layer, x):
         if layer.base.weight.numel() > LEAN_ABOVE:
             return _product(layer, x, add_W0=True)
-        return F.linear(x, _summed_weight(layer.original_weight(), *_blocks(layer)), layer.bias)
+        return F.linear(x, _summed_weight(layer.original_weight(), *parts), layer.bias)
     z = F.dropout(x, layer.dropout, layer.training)
     z = z.to(_matmul_dtype(z))
     if layer.modulate:
         return layer.base(x) + _product(layer, z, add_W0=False)
-    A, B = _stacked(*_blocks(layer)[1:])  # LoRA, MELoRA: a thin detour, first to (..., r)
+    A, B = _stacked(*parts[1:])  # LoRA, MELoRA: a thin detour, first to (..., r)
     return layer.base(x) + layer.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
-
-
-def _blocks(layer):
-    """What says where delta_W is and what: scale, rows, cols, A, B."""
-    return layer.scale, layer.rows, layer.cols, layer.A, layer.B
 
 
 def _product(layer, x, add_W0):  # (..., n) -> (..., m)
     """x (W0 + delta_W)^T + bias, or x delta_W^T alone."""
-    orders = (layer.row_order, layer.col_order)
-    options = (layer.num_blocks, layer.scale, add_W0)
-    bias = layer.bias if add_W0 else None
-    flat = x.reshape(-1, layer.in_features)  # (T, n)
     function = _Product if torch.compiler.is_compiling() else _ProductWithTangents
-    y = function.apply(
-        flat, layer.original_weight(), bias, *orders, *options, *layer.A, *layer.B
-    )  # (T, m)
+    y = function.apply(  # (T, n) -> (T, m)
+        x.reshape(-1, layer.in_features),
+        layer.original_weight(),
+        layer.bias if add_W0 else None,
+        layer.row_order,
+        layer.col_order,
+        layer.num_blocks,
+        layer.scale,
+        add_W0,
+        *layer.A,
+        *layer.B,
+    )
     return y.view(*x.shape[:-1], layer.out_features)
 
 
@@ -1272,37 +1283,37 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x, W0, bias, row_order, col_order, K, scale, add_W0, *factors):
-        blocks = _unpacked(row_order, col_order, K, scale, factors)
+        parts = _parts(row_order, col_order, K, scale, factors)
         with _no_autocast(x.device):
             if add_W0:
-                return F.linear(x, _summed_weight(W0, *blocks), bias)
-            return _block_product(x, W0, *blocks)
+                return F.linear(x, _summed_weight(W0, *parts), bias)
+            return _block_product(x, W0, *parts)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, W0, _, row_order, col_order, *options, factors = *inputs[:8], inputs[8:]
-        ctx.K, ctx.scale, ctx.add_W0 = options
+        x, W0, _, row_order, col_order, ctx.K, ctx.scale, ctx.add_W0, *factors = inputs
         ctx.save_for_backward(x, W0, row_order, col_order, *factors)
         ctx.save_for_forward(x, W0, row_order, col_order, *factors)
 
     @staticmethod
     def backward(ctx, g):  # (T, m)
         x, W0, row_order, col_order, *factors = ctx.saved_tensors  # (T, n), (m, n)
-        blocks = _unpacked(row_order, col_order, ctx.K, ctx.scale, factors)
+        scale, rows, cols, A, B = _parts(row_order, col_order, ctx.K, ctx.scale, factors)
         dx = None
         dx_blocks, dA, dB = [], [], []
         with _no_autocast(g.device):
             if ctx.needs_input_grad[0] and ctx.add_W0:
-                dx = g @ _summed_weight(W0, *blocks).to(g.dtype)  # (T, m) @ (m, n)
-            for rows, cols, A_k, B_k in zip(*blocks[1:]):
-                M_k = _block(W0, rows, cols)
-                g_k = _columns(g, rows)  # (T, m_k)
-                x_k = _columns(x, cols).to(g.dtype)  # (T, n_k)
+                W = _summed_weight(W0, scale, rows, cols, A, B)
+                dx = g @ W.to(g.dtype)  # (T, m) @ (m, n)
+            for rows_k, cols_k, A_k, B_k in zip(rows, cols, A, B):
+                M_k = _submatrix(W0, rows_k, cols_k)
+                g_k = _columns(g, rows_k)  # (T, m_k)
+                x_k = _columns(x, cols_k).to(g.dtype)  # (T, n_k)
                 G_k = (g_k.mT @ x_k).to(A_k.dtype) * M_k  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
-                dA.append(ctx.scale * (B_k.mT @ G_k))
-                dB.append(ctx.scale * (G_k @ A_k.mT))
+                dA.append(scale * (B_k.mT @ G_k))
+                dB.append(scale * (G_k @ A_k.mT))
                 if ctx.needs_input_grad[0] and not ctx.add_W0:
-                    D_k = ctx.scale * (B_k @ A_k) * M_k
+                    D_k = scale * (B_k @ A_k) * M_k
                     dx_blocks.append(g_k @ D_k.to(g.dtype))  # (T, m_k) @ (m_k, n_k)
             if dx_blocks:
                 dx = torch.cat(dx_blocks, -1).index_select(-1, col_order.argsort())
@@ -1313,11 +1324,11 @@ class _ProductWithTangents(_Product):
     """The same for forward-mode differentiation, by a rule that torch.compile refuses to trace."""
 
     @staticmethod
-    def jvp(ctx, x_t, W0_t, bias_t, *others):
+    def jvp(ctx, x_t, W0_t, bias_t, _rows, _cols, _K, _scale, _add_W0, *factors_t):
         """Linear in x, in W0, in A and in B: one term for the tangent of each."""
         x, W0, row_order, col_order, *factors = ctx.saved_tensors
-        scale, rows, cols, A, B = _unpacked(row_order, col_order, ctx.K, ctx.scale, factors)
-        A_t, B_t = others[5 : 5 + ctx.K], others[5 + ctx.K :]
+        scale, rows, cols, A, B = _parts(row_order, col_order, ctx.K, ctx.scale, factors)
+        A_t, B_t = factors_t[: ctx.K], factors_t[ctx.K :]
         with _no_autocast(x.device):
             y_t = _block_product(x_t, W0, scale, rows, cols, A, B)
             y_t = y_t + _block_product(x, W0_t, scale, rows, cols, A, B)
@@ -1328,8 +1339,8 @@ class _ProductWithTangents(_Product):
         return y_t
 
 
-def _unpacked(row_order, col_order, K, scale, factors):
-    """scale, rows, cols, A, B, as `_blocks` has them, of what a Function can take and save."""
+def _parts(row_order, col_order, K, scale, factors):
+    """(scale, rows, cols, A, B) of what a Function can take and save."""
     return scale, row_order.tensor_split(K), col_order.tensor_split(K), factors[:K], factors[K:]
 
 
@@ -1359,7 +1370,7 @@ def _block_product(x, W0, scale, rows, cols, A, B):
     """x delta_W^T without the zeros of delta_W, (T, n) -> (T, m)."""
     y = []
     for rows_k, cols_k, A_k, B_k in zip(rows, cols, A, B):
-        D_k = scale * (B_k @ A_k) * _block(W0, rows_k, cols_k)
+        D_k = scale * (B_k @ A_k) * _submatrix(W0, rows_k, cols_k)
         y.append(F.linear(_columns(x, cols_k), D_k.to(x.dtype)))  # (T, n_k) @ (n_k, m_k)
     return torch.cat(y, -1).index_select(-1, torch.cat(rows).argsort())
 
@@ -1369,6 +1380,6 @@ def _columns(x, index):
     return x.gather(1, index.expand(len(x), -1))
 
 
-def _block(W, rows, cols):
+def _submatrix(W, rows, cols):
     """W[rows][:, cols], in a third of the time."""
     return W.index_select(0, rows).index_select(1, cols)

@@ -126,6 +126,7 @@ BAD_WEIGHTS = {
     "complex": (ones_of(torch.complex64), TypeError, "torch.complex64", "2-D"),
     "float8, e4m3": (ones_of(torch.float8_e4m3fn), TypeError, "torch.float8_e4m3fn", "bfloat16"),
     "float8, e5m2": (ones_of(torch.float8_e5m2), TypeError, "torch.float8_e5m2", "bfloat16"),
+    "empty": (torch.ones(0, 8), TypeError, "(0, 8)", "not empty"),
     "sparse": (torch.ones(5, 8).to_sparse(), TypeError, "sparse_coo", "dense"),
     "one dimension": (torch.ones(8), TypeError, "(8,)", "2-D"),
     "three dimensions": (torch.ones(5, 8, 1), TypeError, "(5, 8, 1)", "2-D"),

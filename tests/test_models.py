@@ -342,6 +342,19 @@ def test_conv1d_merges_and_unmerges_in_its_own_orientation(dtype):
     assert bits(conv.base.weight) == before
 
 
+class ShiftedConv1D(Conv1D):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_a_conv1d_with_a_forward_of_its_own_is_asked(way):
+    torch.manual_seed(0)
+    layer = fill(smoa.SMoALinear(ShiftedConv1D(5, 8), rank=4))
+    x = input_of(layer, 3, seed=1).float()
+    W = layer.original_weight() + layer.delta_weight()
+    torch.testing.assert_close(layer(x), F.linear(x, W, layer.bias) + 1)
+
+
 class TwoConv1Ds(nn.Module):
     def __init__(self):
         super().__init__()
@@ -762,6 +775,33 @@ def test_wrapped_blocks_have_the_names_of_the_plain_model_s(tmp_path, wrap, targ
     smoa.save(fill(model), tmp_path / "adapter")
     assert smoa.load(plain, tmp_path / "adapter") == names
     torch.testing.assert_close(plain(SEQUENCE), model(SEQUENCE))
+
+
+class Residual(nn.Module):
+    """A part of a model, no wrapper of one, whose only child is called `module`."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.module(x)
+
+
+def test_a_child_called_module_keeps_its_name(tmp_path):
+    model, plain = nn.Sequential(Residual()), nn.Sequential(Residual())
+    plain.load_state_dict(model.state_dict())
+    assert smoa.inject(model, ["module"], rank=4) == ["0.module"]
+    assert model.get_submodule("0.module") is dict(smoa.adapters(model))["0.module"]
+    smoa.save(fill(model), tmp_path / "adapter")
+    assert smoa.load(plain, tmp_path / "adapter") == ["0.module"]
+    assert smoa.inject(Residual(), ["module"], rank=4) == ["module"]
+    torch.testing.assert_close(plain(SEQUENCE), model(SEQUENCE))
+
+
+def test_data_parallel_gives_its_model_s_names():
+    model = nn.DataParallel(Blocks())
+    assert smoa.inject(model, ["blocks.0.0"], rank=4) == ["blocks.0.0"]
 
 
 @pytest.mark.parametrize("wrap", [compiled_block, checkpoint_wrapper])

@@ -321,6 +321,14 @@ def test_a_tied_head_is_refused_with_the_names_of_both_owners(transformers, make
         smoa.inject(model, ["lm_head"])
 
 
+def test_an_adapter_of_an_untied_head_is_refused_by_a_tied_one(transformers, tmp_path):
+    untied, tied = llama(transformers), llama(transformers, tied=True)
+    smoa.inject(untied, ["lm_head"], rank=4)
+    smoa.save(untied, tmp_path / "adapter")
+    with refused(ValueError, "lm_head.weight", "tie_weights", model=tied):
+        smoa.load(tied, tmp_path / "adapter", check_base=False)
+
+
 @each_tied
 def test_a_tied_head_among_the_targets_leaves_the_others_plain(transformers, make, embedding):
     model = make(transformers)

@@ -949,6 +949,28 @@ def test_another_model_is_not_disabled():
         assert torch.equal(fill(other)(X), adapted()(X))
 
 
+def test_two_models_disabled_over_each_other_end_in_any_order():
+    one, two = Net(), Net()
+    of_one, of_two = smoa.disabled(one), smoa.disabled(two)
+    of_one.__enter__()
+    of_two.__enter__()
+    of_one.__exit__(None, None, None)
+    smoa.inject(one, ["first", "second"], rank=4, num_blocks=2)
+    assert torch.equal(fill(one)(X), adapted()(X))  # no longer disabled
+    smoa.inject(two, ["first", "second"], rank=4, num_blocks=2)
+    assert torch.equal(fill(two)(X), Net()(X))  # still disabled
+    of_two.__exit__(None, None, None)
+    assert torch.equal(two(X), adapted()(X))
+
+
+def test_a_file_of_two_layers_is_refused_where_both_are_one_module(file):
+    smoa.save(adapted(width=6), file)
+    model = Net(width=6)
+    model.second = model.first
+    with refused(ValueError, "first", "second", "one module", model=model):
+        smoa.load(model, file)
+
+
 # ------------------------------------------------------------------------------------------------
 # A layer that is itself the model; a model without values
 
