@@ -134,9 +134,11 @@ def make_plan(argv=None):
 def choose_device(name):
     """The named device, or the first of cuda, mps and cpu that can add two numbers."""
     for device in ["cuda", "mps", "cpu"] if name is None else [name]:
+        if device == "cuda" and dist.is_initialized():
+            if 0 < torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+                stop("torchrun started more processes than there are CUDA devices")
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
-            if device == "cuda" and dist.is_initialized():
-                device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.ones(2, device=device).sum().item()  # a meta tensor, say, has no values to show
             return torch.device(device)
         except (RuntimeError, AssertionError, ImportError) as error:
@@ -334,7 +336,7 @@ def train(model, tokens, *, label, state=None, after_step=None, **recipe):
 def check_base(loss, vocab_size):
     """Refuse a loss that is no number, or twice that of guessing."""
     if not loss <= 2 * math.log(vocab_size):
-        raise FloatingPointError(f"the loss on the held-out text is {loss:.3g}")
+        raise FloatingPointError(f"the loss on held-out text is {loss:.3g}")
 
 
 def read_base(path, settings=None):
@@ -346,10 +348,10 @@ def read_base(path, settings=None):
         model.load_state_dict(state["model"])
         make_optimizer(model, 0.0, 0.0).load_state_dict(state["optimizer"])
         whole = state["step"] <= state["settings"]["steps"]
-        whole = whole and settings in (None, state["settings"])
+        ours = settings in (None, state["settings"])
     except Exception:
-        whole = False
-    if not whole:
+        whole = ours = False
+    if not (whole and ours):
         stop(f"{path} is no whole checkpoint of this base; move it away to train a new one")
     check_base(loss, model.config.vocab_size)
     return model, state
@@ -399,7 +401,8 @@ def pretrain(plan, texts):
             say(f"base: {path}, from step {state['step']} of {plan.pretrain_steps}")
         train(model.to(plan.device), texts.modern[0], state=state, **recipe)
     except FloatingPointError as error:
-        stop(f"the base diverged ({error}) with --pretrain-lr {plan.pretrain_lr:g}: give less")
+        remedy = f"give less than --pretrain-lr {plan.pretrain_lr:g}"
+        stop(f"the base diverged ({error}): {remedy}")
     return model, curve
 
 

@@ -62,11 +62,11 @@ def results(out):
     return json.loads((out / "results.json").read_text())
 
 
-def start(arguments, launcher=(), **environment):
+def start(arguments, launcher=()):
     command = [sys.executable, *launcher, str(ROOT / "train_shakespeare.py"), *map(str, arguments)]
-    whole = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=whole, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe)
 
 
 def finish(process):
@@ -164,23 +164,39 @@ def uninterrupted(tmp_path_factory):
     return results(folder)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_a_run_stopped_in_pretraining_ends_as_an_uninterrupted_one(
-    stop, short, uninterrupted, tmp_path
-):
-    arguments = [*short, *LONGER]
-    stopped = tmp_path / "stopped"
-    process = start([*arguments, "--out", stopped])
-    while not list(stopped.glob("base-*.pt")):  # the first checkpoint is there
+def kill(arguments, out, monkeypatch):
+    process = start(arguments)
+    while not list(out.glob("base-*.pt")):  # the first checkpoint is there
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(stop)
+    process.kill()
     process.communicate()
     assert process.returncode != 0
-    assert not (stopped / "results.json").exists()
-    printed = finish(start([*arguments, "--out", stopped]))
+
+
+def press_control_c(arguments, out, monkeypatch):
+    def press_at_the_second(path, data):
+        if path.exists():
+            signal.raise_signal(signal.SIGINT)
+        write_whole(path, data)
+
+    write_whole = smoa.write_whole
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(smoa, "write_whole", press_at_the_second)
+        script.main(arguments)
+
+
+@pytest.mark.parametrize("interrupt", [kill, press_control_c])
+def test_a_run_stopped_in_pretraining_ends_as_an_uninterrupted_one(
+    interrupt, short, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    arguments = [*short, *LONGER]
+    interrupt(arguments, tmp_path / "out", monkeypatch)
+    assert not (tmp_path / "out" / "results.json").exists()
+    script.main(arguments)
+    printed = capsys.readouterr().out
     assert ", from step " in printed and "from step 80 of 80" not in printed
-    whole, gone_on = uninterrupted, results(stopped)
+    whole, gone_on = uninterrupted, results(tmp_path / "out")
     assert whole["pretraining"] == gone_on["pretraining"]  # to the last bit
     assert whole["methods"][0]["losses"] == gone_on["methods"][0]["losses"]
 
@@ -419,11 +435,13 @@ def test_a_terminal_that_cannot_show_a_character_loses_no_run(
     assert results(tmp_path / "out")["methods"][0]["method"] == "lora"
 
 
-def test_a_reader_that_goes_away_loses_no_run(short, tmp_path):
-    process = start([*short, "--pretrain-steps", "1", "--steps", "1"])
-    process.stdout.close()
-    errors = process.stderr.read().decode()
-    assert process.wait(timeout=600) == 0 and "Error" not in errors
+def test_a_reader_that_goes_away_loses_no_run(ready, tmp_path, monkeypatch):
+    (tmp_path / "out" / "results.json").unlink()
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w", encoding="utf-8"))
+    script.main(ready)
+    sys.stdout.close()  # as the interpreter does at the end: no BrokenPipeError
     assert results(tmp_path / "out")["methods"][0]["method"] == "lora"
 
 
