@@ -433,7 +433,8 @@ def parse(argv):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the plus-minus sign
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack the plus-minus sign
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(argv)
     if args.summary:
         return summarize(args.record)

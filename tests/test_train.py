@@ -81,11 +81,11 @@ def finish(process):
 def test_a_short_run_on_the_corpus_lowers_the_loss_of_base_and_adapters(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(script, "TEST_WINDOWS", 100)
+    monkeypatch.setattr(script, "TEST_WINDOWS", 40)
     monkeypatch.setattr(script, "SAMPLE_LENGTH", 30)
     monkeypatch.setattr(script, "CHECKPOINTS", 2)
     methods = list(script.LEARNING_RATES)
-    steps = "--pretrain-steps 50 --steps 10 --device cpu".split()
+    steps = "--pretrain-steps 30 --steps 6 --batch-size 6 --device cpu".split()
     script.main([*steps, "--out", str(tmp_path), "--methods", *methods])
     record = results(tmp_path)
     first, last = (loss for _, loss in record["pretraining"])
