@@ -116,20 +116,24 @@ def make_plan(argv=None):
 
     width = plan.model["n_embd"]
     world = process()[1]
-    rates = [plan.pretrain_lr, *plan.lr.values()]
-    laws = {
-        f"--rank must be 1 to {width}, the model's width": 1 <= plan.rank <= width,
-        f"--blocks must be 1 to {width}, the model's width": 1 <= plan.blocks <= width,
-        "steps must be positive": min(plan.pretrain_steps, plan.steps) > 0,
-        "--batch-size must be 1 to 2147483647": 0 < plan.batch_size < 2**31,
-        f"{world} processes cannot share this --batch-size": plan.batch_size % world == 0,
-        "--seed must be 0 to 4294967295": 0 <= plan.seed < 2**32,
-        f"--lr is for {', '.join(LEARNING_RATES)}": plan.lr.keys() == LEARNING_RATES.keys(),
-        "a rate must be positive and finite": all(0 < rate < math.inf for rate in rates),
+    whole_numbers = {  # flag: (what came, the least, the most)
+        "--rank": (plan.rank, 1, width),
+        "--blocks": (plan.blocks, 1, width),
+        "--steps": (plan.steps, 1, 2**31 - 1),
+        "--pretrain-steps": (plan.pretrain_steps, 1, 2**31 - 1),
+        "--batch-size": (plan.batch_size, 1, 2**31 - 1),
+        "--seed": (plan.seed, 0, 2**32 - 1),
     }
-    for law, holds in laws.items():
-        if not holds:
-            stop(law)
+    for flag, (came, least, most) in whole_numbers.items():
+        if not least <= came <= most:
+            stop(f"{flag} must be {least} to {most}, got {came}")
+    if plan.batch_size % world:
+        stop(f"{world} processes cannot share a --batch-size of {plan.batch_size}")
+    for method, rate in {"--pretrain-lr": plan.pretrain_lr, **plan.lr}.items():
+        if method not in ["--pretrain-lr", *LEARNING_RATES]:
+            stop(f"--lr is for {', '.join(LEARNING_RATES)}, got {method}")
+        if not 0 < rate < math.inf:
+            stop(f"a rate must be positive and finite, got {rate} for {method}")
     plan.device = choose_device(plan.device)
     return plan
 
