@@ -181,9 +181,12 @@ def press_control_c(arguments, out, monkeypatch):
         write_whole(path, data)
 
     write_whole = smoa.write_whole
+    # A shell's background jobs, and so their tests, are started deaf to Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(smoa, "write_whole", press_at_the_second)
         script.main(arguments)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("interrupt", [kill, press_control_c])
