@@ -1005,6 +1005,8 @@ SHARDED = """
             raise SystemExit("merged what is sharded")
         except ValueError as error:
             assert "sharded" in str(error), error
+    del alone, model, plain  # what holds a process group must not outlive it
+    gc.collect()
     dist.destroy_process_group()
 """
 
@@ -1040,6 +1042,8 @@ FLAT_SHARDS = """
     plain = net()
     assert smoa.load(plain, file) == ["0", "2"]
     torch.testing.assert_close(plain(x), alone(x))
+    del model, inner
+    gc.collect()
     dist.destroy_process_group()
 """
 
