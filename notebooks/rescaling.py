@@ -34,7 +34,7 @@ from reach import blocks  # noqa: E402
 from study import read_records, ready_base  # noqa: E402
 
 import smoa  # noqa: E402
-from train_shakespeare import TARGETS, corpus, evaluate, train  # noqa: E402
+from train_shakespeare import TARGETS, corpus, evaluate, stop, train  # noqa: E402
 
 RECORD = HERE / "rescaling.jsonl"
 STEPS, BATCH, SEEDS, K, SPREAD = 250, 12, 3, 4, 0.7
@@ -169,6 +169,12 @@ def run_all(record, i, n, out):
     """Run what the record lacks, a line a run; process i of n takes every n-th arm."""
     base, vocabulary = ready_base(out, steps=4000)
     weights = digest(base)
+    others = {row["base"] for row in read_records(record)} - {weights}
+    if others:
+        stop(
+            f"the runs in {record} are of base {', '.join(sorted(others))}, this one is {weights}: "
+            "give another --record"
+        )
     plays, held_out = (vocabulary.encode(text, "the corpus") for text in corpus("modern"))
     text, validation = plays[:-100_000], plays[-100_000:]
     healthy = evaluate(base, held_out, limit=1000)

@@ -126,6 +126,25 @@ def test_a_verdict_says_what_it_lacks():
     assert study_lm.verdict(ours, "full", records) == "not on record yet"
 
 
+def test_a_verdict_tells_what_the_choice_of_the_rates_has_to_do_with_it():
+    ours, theirs = study_lm.HEADLINE[::-1]
+    losses = {
+        (ours, 5): 1.0,
+        (theirs, 1): 1.5,
+        (theirs, 0): 0.75,
+    }  # rate 0 has the worse validation
+    records = []
+    for (arm, rung), loss in losses.items():
+        for seed in range(3):
+            run = invented(arm, rung, seed, best=1 if arm == theirs else 5)
+            records.append(dict(run, folio=[loss, loss + 1]))
+    said = study_lm.verdict(ours, theirs, records)
+    assert said.startswith("-0.5000 +- 0.0000, holds")
+    assert said.endswith("; +0.2500 +- 0.0000 at the rates that are best on the plays")
+    unlucky = [r for r in records if (r["rung"], r["seed"]) != (0, 2)]  # two seeds are too few
+    assert "best on the plays" not in study_lm.verdict(ours, theirs, unlucky)
+
+
 def test_a_run_that_diverged_is_the_worst_of_its_grid():
     arm, (middle, _) = next(iter(study_lm.ARMS.items()))
     records = [invented(arm, middle, 0, middle), dict(invented(arm, middle + 1, 0, 0))]

@@ -13,6 +13,7 @@ from gpt_mini import GPT, GPTConfig
 from train_shakespeare import Texts, Vocabulary, make_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
+import rescaling  # noqa: E402
 import study  # noqa: E402
 
 
@@ -63,6 +64,15 @@ def test_a_record_of_another_base_is_not_gone_on_with(tmp_path, base, texts, cap
         study.study(path, (1, 1), base, texts)
     assert "of base another, this one" in capsys.readouterr().err
     assert path.read_text() == before
+
+
+def test_repairs_of_another_base_are_not_gone_on_with(tmp_path, base, monkeypatch, capsys):
+    record = tmp_path / "repairs.jsonl"
+    record.write_text(json.dumps(dict(base="another")) + "\n")
+    monkeypatch.setattr(rescaling, "ready_base", lambda *args, **options: (base, None))
+    with pytest.raises(SystemExit):
+        rescaling.run_all(record, 1, 1, tmp_path)
+    assert "are of base another" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_is_on_record_as_the_worst(base, texts):
