@@ -126,7 +126,8 @@ class SMoALinear(nn.Module):
         A, B: lists; A[k] (r_k, n_k) and B[k] (m_k, r_k) are parameters `A_k` and `B_k` in float32,
             in float64 over a float64 base. A branch of rank 0 has none: its entries are empty.
         row_order (m,), col_order (n,): int64. In the state dict, but no buffers: what averages or
-            casts a model's buffers must not move them.
+            casts a model's buffers must not move them. torch.func.functional_call leaves them, too:
+            factors go with the orders that they were trained in.
         weight, bias: W0 + delta_W in the base's own orientation, rounded to its dtype. For parents
             that read them past `forward`, as nn.MultiheadAttention does.
         merged: whether `base.weight` holds W0 + delta_W.
@@ -163,9 +164,10 @@ class SMoALinear(nn.Module):
 
         # Half precision is for the frozen weight; a factor that learns in small steps needs more.
         options = dict(dtype=torch.promote_types(W0.dtype, torch.float32), device=W0.device)
-        for k, r_k in enumerate(self.branch_ranks):
-            A_k = torch.empty(r_k, len(self.cols[k]), **options)
-            B_k = torch.zeros(len(self.rows[k]), r_k, **options)
+        sizes = _block_sizes(*W0.shape, rank, num_blocks)
+        for k, (r_k, (_, m_k, n_k)) in enumerate(zip(self.branch_ranks, sizes)):
+            A_k = torch.empty(r_k, n_k, **options)
+            B_k = torch.zeros(m_k, r_k, **options)
             if r_k > 0:
                 nn.init.kaiming_uniform_(A_k, a=5**0.5)
                 self.register_parameter(f"A_{k}", nn.Parameter(A_k))
@@ -182,12 +184,12 @@ class SMoALinear(nn.Module):
     @property
     def rows(self):
         """K index tensors; rows[k] (m_k,) are the output coordinates of block k."""
-        return self.row_order.tensor_split(self.num_blocks)
+        return self.row_order.to(self.A[0].device).tensor_split(self.num_blocks)
 
     @property
     def cols(self):
         """K index tensors; cols[k] (n_k,) are the input coordinates of block k."""
-        return self.col_order.tensor_split(self.num_blocks)
+        return self.col_order.to(self.A[0].device).tensor_split(self.num_blocks)
 
     @property
     def A(self):
@@ -268,15 +270,17 @@ class SMoALinear(nn.Module):
         """
         if self.merged:
             return
+        _check_own_weight(self.base, ValueError)
         anchors = [self.anchor(k) for k in range(self.num_blocks)]
         sums = [anchor + self.delta(k) for k, anchor in enumerate(anchors)]
-        self._put(self._turn(self.base.weight), sums)
         self._set_aside = anchors
+        self._put(self._turn(self.base.weight), sums)
 
     @torch.no_grad()
     def unmerge(self):
         """Let base.weight become W0 again, bit for bit. Harmless on a layer that is not merged."""
         if self.merged:
+            _check_own_weight(self.base, ValueError)
             self._put(self._turn(self.base.weight), self._set_aside)
             self._set_aside = None
 
@@ -369,15 +373,27 @@ def merge(model):
 
     Raises:
         ValueError: a weight to be merged is another module's too (tied embeddings), is sharded, is
-            computed by a parametrization or a pruning, or is not there. No layer is then merged.
+            computed by a parametrization or a pruning, or is not there; or the model is `disabled`.
+            No layer is then merged.
     """
     _check_mergeable(model)
-    for _, layer in adapters(model):
-        layer.merge()
+    merged_now = [layer for _, layer in adapters(model) if not layer.merged]
+    try:
+        for layer in merged_now:
+            layer.merge()
+    except BaseException:  # out of memory, say
+        for layer in merged_now:
+            layer.unmerge()
+        raise
 
 
 def unmerge(model):
-    """Put every base weight back, bit for bit."""
+    """Put every base weight back, bit for bit.
+
+    Raises:
+        ValueError: a merged weight has been sharded or become computed since.
+    """
+    _check_unmergeable(model)
     for _, layer in adapters(model):
         layer.unmerge()
 
@@ -392,6 +408,8 @@ def unload(model, *, merge=False):
     """
     if merge:
         _check_mergeable(model)
+    else:
+        _check_unmergeable(model)
     layers = [layer for _, layer in adapters(model)]
     for layer in layers:
         if merge:
@@ -403,7 +421,7 @@ def unload(model, *, merge=False):
     return model.base if isinstance(model, SMoALinear) else model
 
 
-_disabled = []  # of each `disabled` that is open, the modules of its model
+_disabled = []  # the model of each `disabled` that is open
 
 
 @contextlib.contextmanager
@@ -412,16 +430,16 @@ def disabled(model):
 
     Merged layers are unmerged for the time. Layers that come in meanwhile are off as well.
     """
+    _check_unmergeable(model)
     before = {layer: (layer.enabled, layer.merged) for _, layer in adapters(model)}
-    modules = set(model.modules())
-    _disabled.append(modules)
+    _disabled.append(model)
     try:
         for layer in before:
             layer.unmerge()
             layer.enabled = False
         yield model
     finally:
-        _disabled.remove(modules)
+        _disabled.remove(model)
         for _, layer in adapters(model):
             enabled, merged = before.get(layer, (_starts_enabled(layer), False))
             layer.enabled = enabled
@@ -430,7 +448,7 @@ def disabled(model):
 
 
 def _starts_enabled(layer):
-    return not any(layer.base in modules for modules in _disabled)
+    return not any(layer.base is module for model in _disabled for module in model.modules())
 
 
 def state_dict(model):
@@ -459,6 +477,7 @@ def load_state_dict(model, state, *, check_base=True):
     Raises:
         ValueError: names, shapes, orders or a base weight do not fit. The model is then as before.
     """
+    _check_unmergeable(model)
     _fill(dict(adapters(model)), state, check_base)
 
 
@@ -478,7 +497,7 @@ def _named_modules(model, name=""):
     yield name, model
     if isinstance(model, SMoALinear):
         return
-    wraps = isinstance(model, _WRAPPERS) or bool(_WRAPPED & model._modules.keys())
+    wraps = isinstance(model, _WRAPPERS) or not _WRAPPED.isdisjoint(model._modules.keys())
     for child_name, child in model._modules.items():
         if child is not None:
             yield from _named_modules(child, name if wraps else _join(name, child_name))
@@ -493,6 +512,7 @@ def _matches(model, targets):
     modules = {name: module for name, module in _named_modules(model) if name}  # the innermost
     raw_names = {module: name for name, module in model.named_modules()}
     if isinstance(targets, str):
+        _check_pattern(targets)
         patterns = {targets: targets}
     else:
         patterns = {target: r"(.*\.)?" + re.escape(target) for target in targets}
@@ -683,7 +703,7 @@ def write_whole(path, data):
         path.write_bytes(data)  # a pipe or device; a folder raises
         return
     target = pathlib.Path(os.path.realpath(path))
-    if target.is_file():
+    if target.is_file() or target.is_symlink():  # a link is left where links lead round in a circle
         target.open("r+b").close()  # raises where we may not write
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, suffix=".tmp") as folder:
@@ -691,9 +711,17 @@ def write_whole(path, data):
             whole.write_bytes(data)
             if target.is_file():
                 shutil.copymode(target, whole)
+                _copy_owner(target, whole)
             whole.replace(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _copy_owner(source, target):
+    """Where we may: another user's file stays that user's when root rewrites it."""
+    if hasattr(os, "chown"):
+        with contextlib.suppress(PermissionError):
+            os.chown(target, source.stat().st_uid, source.stat().st_gid)
 
 
 def _sketch(layer):
@@ -878,7 +906,7 @@ def _check_linear(base):
         "this layer is adapted already: unload it first, or load another adapter onto the model",
     )
     _require(isinstance(base, nn.Module), f"{kind} is no linear layer", TypeError)
-    children = [name for name in base._modules if name != "parametrizations"]
+    children = [name for name in base._modules.keys() if name != "parametrizations"]
     if "weight" not in base._parameters and children:
         holds = ", ".join(children)
         raise TypeError(
@@ -912,6 +940,16 @@ def _check_own_weight(base, error):
     )
 
 
+def _check_pattern(pattern):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is no regular expression ({error}): a lone string is one, for the whole "
+            "dotted name; a list holds names, or ends of names"
+        ) from None
+
+
 def _check_found(found, target, modules):
     leaves = set()
     for name, module in modules.items():
@@ -927,6 +965,8 @@ def _check_found(found, target, modules):
 
 def _check_injectable(model, plan):
     """Refuse what would hold the old layer in a hand of its own, past the model's modules."""
+    lazy = any(nn.parameter.is_lazy(p) for p in model.parameters())
+    _require(not lazy, "the model has lazy layers, of no shape yet: run it once first")
     _check_not_tied_by_name(model, plan)
     _require(len(set(plan.values())) == len(plan), f"of {list(plan)}, some are one module")
     names = {module: name for name, module in plan.items()}
@@ -935,13 +975,13 @@ def _check_injectable(model, plan):
             not isinstance(parent, nn.parallel.DistributedDataParallel),
             "adapt the model before DistributedDataParallel wraps it",
         )
-        compiled = parent._modules.get("_orig_mod")
+        compiled = getattr(parent, "_orig_mod", None)
         _require(
             compiled not in names,
             f"{names.get(compiled)}: this layer is compiled by itself, and what is compiled would "
             "not see the adapter: adapt first, then torch.compile",
         )
-        inner = parent._modules.get("base_layer")
+        inner = getattr(parent, "base_layer", None)
         _require(
             inner not in names,
             f"{names.get(inner)}: another adapter ({type(parent).__name__}) wraps this layer and "
@@ -995,26 +1035,67 @@ def _check_not_tied_by_name(model, plan):
 
 
 def _check_mergeable(model):
-    owners = [(p.data_ptr(), owner) for p, owner in _owners(model) if not _is_sharded(p)]
+    _check_not_sharded(model, "merged")
+    places = _places(model)
     for name, layer in adapters(model):
         with _named_errors(name):
+            _require(layer.enabled, "it is off: leave `disabled` before a merge")
             _check_own_weight(layer.base, ValueError)
+            if layer.merged:
+                continue
             weight = layer.base.weight
             _require(
-                weight.ndim == 2 and not _is_sharded(weight),
-                "a weight that is sharded over processes (FSDP) cannot be merged: save the "
-                "adapter, load it into the plain model, and merge that",
+                not any(tensor.is_meta for tensor in (weight, *layer.A, *layer.B)),
+                "a weight or a factor is on the meta device, with no values to merge",
             )
+            _require(0 not in weight.stride(), "entries of the weight share their memory (expand)")
+            first, last, _ = _place(weight, "")
+            shared = {owner for start, end, owner in places if start <= last and first <= end}
             _require(
-                layer.merged or not weight.is_meta,
-                "the base weight is on the meta device, with no values to merge into",
-            )
-            shared = [owner for pointer, owner in owners if pointer == weight.data_ptr()]
-            _require(
-                weight.is_meta or len(shared) == 1,
-                f"a merge would change {' and '.join(shared)}, which are one tensor: "
+                len(shared) == 1,
+                f"a merge would change {' and '.join(sorted(shared))}, which share their memory: "
                 "untie them first",
             )
+
+
+def _place(tensor, owner):
+    """(first byte, last byte, owner) of a tensor in memory."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size(), owner
+
+
+def _places(model):
+    """The `_place` of every parameter and buffer; a shared one under each of its names."""
+    places = []
+    for name, module in model.named_modules():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.layout == torch.strided and tensor.numel():
+                if not (tensor.is_meta or _is_sharded(tensor)):
+                    places.append(_place(tensor, _join(name, key)))
+    return places
+
+
+def _check_unmergeable(model):
+    """Refuse to give back what a merge set aside, where it would not arrive."""
+    merged = [(name, layer) for name, layer in adapters(model) if layer.merged]
+    if merged:
+        _check_not_sharded(model, "unmerged")
+    for name, layer in merged:
+        with _named_errors(name):
+            _check_own_weight(layer.base, ValueError)
+
+
+def _check_not_sharded(model, done):
+    """After a forward FSDP2 may leave whole weights for a while: what is written there is lost."""
+    tensors = [t for _, layer in adapters(model) for t in (layer.base.weight, *layer.A, *layer.B)]
+    sharded = any(_is_sharded(tensor) or tensor.ndim != 2 for tensor in tensors)
+    for module in model.modules():
+        sharded |= any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+    _require(
+        not sharded,
+        f"a model that is sharded over processes (FSDP) cannot be {done}: save the adapter, load "
+        "it into the plain model, and go on there",
+    )
 
 
 def _is_sharded(tensor):
@@ -1147,11 +1228,12 @@ _TINY = torch.finfo(torch.float64).tiny
 def _one_matmul_will_do(layer, x):
     """Whether the base, run with W0 + delta_W for its weight, says what the two terms say."""
     base = layer.base
-    if base._forward_pre_hooks or "weight" not in base._parameters or "weight" in vars(base):
+    hooks = base._forward_pre_hooks or nn.modules.module._global_forward_pre_hooks
+    if hooks or "weight" not in base._parameters or "weight" in vars(base):
         return False  # hook, parametrization, sharding, another adapter: theirs, not to be replaced
     _check_at_hand(layer, x)
     half = (torch.float16, torch.bfloat16)
-    if _matmul_dtype(x) in half or base.weight.dtype in half:
+    if _matmul_dtype(x) in half or base.weight.dtype in half or _float32_is_cut():
         return False  # the sum would be rounded, and a small delta_W lost in it
     return not (layer.training and layer.dropout)  # which is for the input of delta_W alone
 
@@ -1163,6 +1245,15 @@ def _matmul_dtype(x):
     if autocast and x.dtype != torch.float64:  # autocast leaves float64 alone
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+@torch.compiler.assume_constant_result  # while torch.compile looks on
+def _float32_is_cut():
+    """Whether a float32 product may drop bits of its factors, as TF32 does."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by a newer function, of one backend: ask no further
+        return True
 
 
 def _no_autocast(device):
@@ -1177,13 +1268,20 @@ def _add_within(base, x, update):
 
     What they bring (an offloaded weight) is then there, and what they do is done to the sum.
     """
-    if not (base._forward_pre_hooks or base._forward_hooks):
+    if not _has_hooks(base):
         return base(x) + update(x)
     handle = base.register_forward_hook(lambda _, args, y: y + update(*args), prepend=True)
     try:
         return base(x)
     finally:
         handle.remove()
+
+
+def _has_hooks(base):
+    """Whether anything acts when the base is called, or when a gradient passes it."""
+    forward = base._forward_pre_hooks or base._forward_hooks
+    backward = base._backward_pre_hooks or base._backward_hooks
+    return bool(forward or backward or nn.modules.module._has_any_global_hook())
 
 
 def _scaled_to_one(weight):
@@ -1229,11 +1327,7 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 def _is_bare(base):
     """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
     linear = type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D"
-    if not linear or "forward" in vars(base):
-        return False
-    if base._forward_pre_hooks or base._forward_hooks:
-        return False
-    if base._backward_pre_hooks or base._backward_hooks:
+    if not linear or "forward" in vars(base) or _has_hooks(base):
         return False
     return not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
 
@@ -1261,8 +1355,8 @@ def _product(layer, x, add_W0):  # (..., n) -> (..., m)
         x.reshape(-1, layer.in_features),
         layer.original_weight(),
         layer.bias if add_W0 else None,
-        layer.row_order,
-        layer.col_order,
+        torch.cat(layer.rows),
+        torch.cat(layer.cols),
         layer.num_blocks,
         layer.scale,
         add_W0,

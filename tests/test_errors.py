@@ -335,6 +335,101 @@ def test_an_untied_neighbour_of_tied_embeddings_can_be_merged():
     assert model["body"].merged
 
 
+def test_a_pattern_that_is_no_regular_expression_is_refused():
+    model = Net()
+    with refused(ValueError, "'*head'", "no regular expression", "a list holds names", model=model):
+        smoa.inject(model, "*head")
+
+
+@pytest.mark.parametrize("target", ["0", "1"])
+def test_a_model_with_lazy_layers_is_refused(target):
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="lazy layers, of no shape yet: run it once first"):
+        smoa.inject(model, [target], rank=2)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not list(smoa.adapters(model))
+
+
+def test_a_merge_into_a_part_of_another_weight_is_refused():
+    model = nn.ModuleDict({"fused": nn.Linear(8, 24), "key": nn.Linear(8, 8)})
+    model["key"].weight = nn.Parameter(model["fused"].weight.data[8:16])
+    model.register_buffer("copy_of_fused", model["fused"].weight.data)
+    smoa.inject(model, ["key"], rank=2)
+    words = ("key.base.weight", "fused.weight", "copy_of_fused", "share their memory")
+    with refused(ValueError, *words, model=model):
+        smoa.merge(model)
+
+
+def test_a_merge_into_an_expanded_weight_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(torch.randn(1, 8).expand(8, 8))
+    smoa.inject(model, ["0"], rank=2)
+    with refused(ValueError, "0:", "share their memory", model=model):
+        smoa.merge(model)
+
+
+def test_a_sparse_neighbour_does_not_stop_a_merge():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.register_buffer("graph", torch.eye(8).to_sparse())
+    smoa.inject(model, ["0"], rank=2)
+    smoa.merge(model)
+    assert model[0].merged
+
+
+def test_a_merge_without_the_factors_values_is_refused():
+    model = adapted()
+    model.second.A_0 = nn.Parameter(model.second.A_0.detach().to("meta"))
+    with pytest.raises(ValueError, match="second: .* on the meta device"):
+        smoa.merge(model)
+    assert not any(layer.merged for _, layer in smoa.adapters(model))
+
+
+def test_a_merge_that_breaks_off_is_undone(monkeypatch):
+    model = adapted()
+    before = [bits(p) for p in model.parameters()]
+    monkeypatch.setattr(model.second, "delta", lambda k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        smoa.merge(model)
+    assert [bits(p) for p in model.parameters()] == before
+    assert not any(layer.merged for _, layer in smoa.adapters(model))
+
+
+def test_a_merge_of_what_is_disabled_is_refused():
+    model = adapted()
+    with smoa.disabled(model):
+        with refused(ValueError, "first", "disabled", model=model):
+            smoa.merge(model)
+
+
+def disable(model):
+    with smoa.disabled(model):
+        pass
+
+
+@pytest.mark.parametrize("verb", [smoa.unmerge, smoa.unload, disable])
+def test_what_a_merge_set_aside_is_not_given_back_to_a_weight_computed_since(verb):
+    model = adapted()
+    x = normal(3, 6, seed=1, dtype=torch.float32)
+    smoa.merge(model)
+    y = model(x)
+    prune.identity(model.second.base, "weight")
+    with pytest.raises(ValueError, match="second: the weight of this Linear is computed"):
+        verb(model)
+    assert model.first.merged and model.second.merged
+    assert torch.equal(model(x), y)
+    prune.remove(model.second.base, "weight")
+    smoa.unload(model)
+    assert bits(model.second.weight) == bits(Net().second.weight)
+
+
+def test_a_lone_layer_does_not_merge_into_a_weight_computed_since():
+    layer = smoa.SMoALinear(nn.Linear(6, 4), rank=2)
+    prune.identity(layer.base, "weight")
+    with pytest.raises(ValueError, match="computed"):
+        layer.merge()
+    assert not layer.merged
+
+
 class TiesByName(nn.Module):
     """As the models of Hugging Face: what saves or resizes them calls `tie_weights`."""
 

@@ -419,6 +419,28 @@ def test_a_small_update_is_not_lost_in_the_rounding_of_a_bfloat16_base():
     assert (layer(x) != layer.base(x)).double().mean() > 0.02
 
 
+def test_a_small_update_is_not_lost_where_float32_products_drop_bits(monkeypatch):
+    layer = fill(smoa.SMoALinear(linear(generic(64, 64, 0).float(), bias=False), rank=8))
+    x = input_of(layer, 20, seed=1)
+    product = F.linear  # TF32 keeps 10 bits of a factor: W0 + delta_W must not be one
+    factors = []
+
+    def watched(x, weight, bias=None):
+        factors.append(weight.detach().clone())
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        y = layer(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    expected = x @ (layer.base.weight + layer.delta_weight()).T
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    whole = [weight for weight in factors if weight.shape == layer.base.weight.shape]
+    assert all(torch.equal(weight, layer.base.weight) for weight in whole)
+
+
 def test_a_small_update_is_not_lost_in_the_rounding_of_bfloat16_autocast():
     base = linear(generic(64, 64, 0).float(), bias=False)
     layer = fill(smoa.SMoALinear(base, rank=8))
@@ -536,6 +558,48 @@ def test_a_forward_put_on_the_base_is_asked(way):
     plain = base(x)
     base.forward = lambda x: 3 * F.linear(x, base.weight, base.bias)
     assert torch.equal(layer(x), 3 * plain)
+
+
+def test_hooks_on_all_modules_act_on_the_base(way):
+    layer = layer_6_8()
+    x = input_of(layer, 3, seed=1)
+    expected = 2 * layer(x)
+
+    def double(module, args, output):
+        return 2 * output if module is layer.base else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        torch.testing.assert_close(layer(x), expected)
+    finally:
+        handle.remove()
+
+
+def test_a_weight_that_a_hook_on_all_modules_brings_is_used(way):
+    layer = layer_6_8()
+    x = input_of(layer, 3, seed=1)
+    expected, W0 = layer(x), layer.base.weight.detach().clone()
+
+    def bring(module, args):
+        if module is layer.base:
+            module.weight.data = W0
+
+    layer.base.weight.data = torch.full_like(W0, 9.0)
+    handle = nn.modules.module.register_module_forward_pre_hook(bring)
+    try:
+        torch.testing.assert_close(layer(x), expected)
+    finally:
+        handle.remove()
+
+
+def test_orders_follow_factors_that_are_moved_one_by_one(way):
+    layer = layer_6_8(num_blocks=2)
+    for module in layer.modules():  # as DataParallel's replicas and offloading do it
+        for name, p in module._parameters.items():
+            module._parameters[name] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+    assert {index.device.type for index in (*layer.rows, *layer.cols)} == {"meta"}
+    y = layer(torch.empty(3, 8, device="meta"))
+    assert y.shape == (3, 6) and y.is_meta
 
 
 class Doubled(nn.Module):
@@ -788,6 +852,14 @@ class Residual(nn.Module):
         return x + self.module(x)
 
 
+def test_a_scripted_part_of_a_model_is_no_hindrance(tmp_path):
+    model = nn.ModuleDict({"linear": nn.Linear(6, 5), "scripted": torch.jit.script(nn.ReLU())})
+    assert smoa.inject(model, ["linear"], rank=2) == ["linear"]
+    smoa.merge(model)
+    smoa.save(model, tmp_path / "adapter.pt")
+    assert type(smoa.unload(model)["linear"]) is nn.Linear
+
+
 def test_a_child_called_module_keeps_its_name(tmp_path):
     model, plain = nn.Sequential(Residual()), nn.Sequential(Residual())
     plain.load_state_dict(model.state_dict())
@@ -1005,6 +1077,16 @@ SHARDED = """
             raise SystemExit("merged what is sharded")
         except ValueError as error:
             assert "sharded" in str(error), error
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), alone(x))  # leaves the weights whole for a while
+        state = smoa.state_dict(alone)
+        for verb in (smoa.merge, lambda model: smoa.load_state_dict(model, state)):
+            try:
+                verb(model)
+                raise SystemExit("wrote where the next shard is not taken from")
+            except ValueError as error:
+                assert "sharded" in str(error), error
     del alone, model, plain  # what holds a process group must not outlive it
     gc.collect()
     dist.destroy_process_group()

@@ -762,6 +762,14 @@ def test_a_rewritten_file_keeps_its_mode(file, permissions):
     assert mode(file) == permissions
 
 
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="root alone can give files")
+def test_a_file_that_root_rewrites_keeps_its_owner(file):
+    file.write_bytes(b"old")
+    os.chown(file, 1234, 4321)
+    smoa.write_whole(file, b"new")
+    assert (file.stat().st_uid, file.stat().st_gid) == (1234, 4321)
+
+
 def test_a_new_file_has_the_mode_of_any_new_file(file, tmp_path):
     other = tmp_path / "other"
     other.write_bytes(b"")
@@ -780,6 +788,15 @@ def test_a_symbolic_link_is_followed_and_kept(file, tmp_path, old):
     assert file.is_symlink()
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_links_that_lead_round_in_a_circle_are_left_as_they_are(file, tmp_path):
+    other = tmp_path / "other"
+    other.symlink_to(file)
+    file.symlink_to(other)
+    with pytest.raises(OSError):
+        smoa.write_whole(file, b"new")
+    assert file.is_symlink() and other.is_symlink()
 
 
 def read_from(path, content):
