@@ -16,6 +16,7 @@ training was stopped goes on.
 import argparse
 import contextlib
 import copy
+import errno
 import gc
 import hashlib
 import importlib.util
@@ -113,7 +114,10 @@ def make_plan(argv=None):
     args = parser.parse_args(argv)
     parser.set_defaults(**PRESETS[args.preset] | (QUICK if args.quick else {}))
     plan = parser.parse_args(argv)  # again: what is given goes before the preset
-    plan.lr = LEARNING_RATES | dict(plan.lr)
+    if len(set(plan.methods)) < len(plan.methods):
+        stop(f"--methods names one twice: {' '.join(plan.methods)}")
+    given = dict(plan.lr)
+    plan.lr = LEARNING_RATES | given
 
     width = plan.model["n_embd"]
     world = process()[1]
@@ -130,9 +134,10 @@ def make_plan(argv=None):
             stop(f"{flag} must be {least} to {most}, got {came}")
     if plan.batch_size % world:
         stop(f"{world} processes cannot share a --batch-size of {plan.batch_size}")
+    for method in given:
+        if method not in plan.methods:
+            stop(f"--lr {method}={given[method]:g}: --methods are {', '.join(plan.methods)}")
     for method, rate in {"--pretrain-lr": plan.pretrain_lr, **plan.lr}.items():
-        if method not in ["--pretrain-lr", *LEARNING_RATES]:
-            stop(f"--lr is for {', '.join(LEARNING_RATES)}, got {method}")
         if not 0 < rate < math.inf:
             stop(f"a rate must be positive and finite, got {rate} for {method}")
     plan.device = choose_device(plan.device)
@@ -181,6 +186,8 @@ def own_text(path, block_size):
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         stop(f"{path} is not UTF-8 text: {error}")
+    if "\0" in text:
+        stop(f"{path} is not UTF-8 text: it holds zero bytes, as UTF-16 does")
     cut = len(text) * 9 // 10
     if len(text) - cut <= block_size:
         stop(f"{path} is too short: its last tenth must exceed {block_size} characters")
@@ -357,6 +364,8 @@ def read_base(path, settings=None):
         make_optimizer(model, 0.0, 0.0).load_state_dict(state["optimizer"])
         whole = state["step"] <= state["settings"]["steps"]
         ours = settings in (None, state["settings"])
+    except (OSError, MemoryError):
+        raise
     except Exception:
         whole = ours = False
     if not (whole and ours):
@@ -366,9 +375,9 @@ def read_base(path, settings=None):
 
 
 def base_settings(plan, texts):
-    """All that decides what the base becomes; its file is named by their hash."""
+    """All that decides what the base and its curve become; its file is named by their hash."""
     characters = texts.vocabulary.characters
-    text = characters.encode() + texts.modern[0].numpy().tobytes()
+    text = characters.encode() + torch.cat(texts.modern).numpy().tobytes()
     return dict(
         model=vars(GPTConfig(vocab_size=len(characters), **plan.model)),
         text=hashlib.sha256(text).hexdigest(),
@@ -476,6 +485,7 @@ def sample(model, vocabulary, prompt, seed, length):
 
 def run_method(plan, texts, base, method):
     """Adapt a copy of the base, measure it, save it. (row of the results, what it then writes)."""
+    path = plan.out / f"{method}.pt"
     row = dict(method=method, lr=plan.lr[method])
     recipe = dict(steps=plan.steps, batch_size=plan.batch_size, lr=row["lr"], seed=plan.seed)
     torch.manual_seed(plan.seed)
@@ -489,8 +499,8 @@ def run_method(plan, texts, base, method):
         row |= measure(model, texts)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:
         reason = str(error).splitlines()[0]
+        path.unlink(missing_ok=True)  # an earlier run's: the results no longer speak of it
         return row | dict(diverged=reason), f"it diverged: {reason}"
-    path = plan.out / f"{method}.pt"
     if method == "full":
         write(path, model.state_dict())
     elif process()[0] == 0:
@@ -517,17 +527,20 @@ def say(text):
     try:
         tqdm.write(text)
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            raise
 
 
 def open_out(plan):
     """Make the folder of all results, and refuse now what could not be written later."""
     plan.out.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", *(f"{method}.pt" for method in plan.methods)):
-        if (plan.out / name).is_dir():
-            stop(f"{plan.out / name} is a folder, where a file is to be written")
-    tempfile.TemporaryFile(dir=plan.out).close()
+        target = Path(os.path.realpath(plan.out / name))  # where a link leads
+        if target.exists():
+            target.open("r+b").close()
+        tempfile.TemporaryFile(dir=target.parent).close()
 
 
 def report(results):
@@ -577,6 +590,8 @@ def run(plan):
 @contextlib.contextmanager
 def errors_in_one_line():
     """What the person at the keyboard can put right ends the command in one line, exit code 2."""
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show, it shows as its code
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

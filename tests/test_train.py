@@ -221,6 +221,7 @@ def test_two_processes_have_the_loss_curve_of_one_at_the_same_global_batch(short
 
 
 def test_a_method_that_diverges_gets_a_row_and_the_others_keep_theirs(ready, tmp_path, capsys):
+    (tmp_path / "out" / "full.pt").write_bytes(b"an earlier run's")
     script.main([*ready, "--methods", "lora", "full", "smoa", "--lr", "full=1e30"])
     rows = {row["method"]: row for row in results(tmp_path / "out")["methods"]}
     assert "is nan" in rows["full"]["diverged"] and "diverged: " in capsys.readouterr().out
@@ -281,6 +282,7 @@ BAD_TEXTS = {
     "empty": (b"", "too short"),
     "short": (b"To be, or not to be", "too short"),
     "UTF-16": (b"\xff\xfe" + b"x" * 5000, "not UTF-8"),
+    "UTF-16 without a mark": ("To be ".encode("utf-16-le") * 500, "zero bytes"),
     "unknown characters": ("The old ☃ was merry.".encode() * 300, "does not know: ['☃']"),
 }
 
@@ -323,7 +325,9 @@ BAD_FLAGS = [
     ("--seed 18446744073709551616", "--seed must be 0 to 4294967295"),
     ("--lr smoa", "--lr: invalid method_rate value: 'smoa'"),
     ("--lr smoa=fast", "'smoa=fast'"),
-    ("--lr sgd=0.1", "--lr is for smoa, hira, lora, melora, full"),
+    ("--lr sgd=0.1", "--lr sgd=0.1: --methods are smoa, lora"),
+    ("--lr hira=5 --methods lora", "--lr hira=5: --methods are lora"),
+    ("--methods lora smoa lora", "--methods names one twice: lora smoa lora"),
     ("--lr smoa=-1", "positive and finite, got -1.0 for smoa"),
     ("--lr smoa=nan", "positive and finite"),
     ("--lr smoa=1e999", "positive and finite"),
@@ -349,9 +353,18 @@ def test_a_bad_flag_is_one_line_of_error_before_any_work(
 
 
 @pytest.mark.parametrize("name", ["results.json", "lora.pt"])
-def test_what_could_not_be_written_later_is_refused_before_training(name, short, tmp_path, capsys):
-    (tmp_path / "out" / name).mkdir(parents=True)
-    assert f"{name} is a folder" in error_line(short, capsys)
+@pytest.mark.parametrize("obstacle", ["Is a directory", "No such file or directory"])
+def test_what_could_not_be_written_later_is_refused_before_training(
+    name, obstacle, short, tmp_path, capsys
+):
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    if obstacle == "Is a directory":
+        path.mkdir()
+    else:
+        path.symlink_to(Path("gone", name))
+    assert obstacle in error_line(short, capsys)
+    assert not list(path.parent.glob("base-*.pt"))
 
 
 def test_an_out_folder_that_is_a_file_is_one_line_of_error(own_text, tmp_path, capsys):
@@ -421,6 +434,22 @@ def test_a_base_that_is_damaged_or_foreign_is_refused_and_kept(damage, ready, tm
     assert path.read_bytes() == before
 
 
+def test_a_base_that_cannot_be_read_is_not_called_damaged(ready, monkeypatch, capsys):
+    def refuse(*_, **options):
+        raise PermissionError(13, "Permission denied", "base.pt")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    assert error_line(ready, capsys) == "error: [Errno 13] Permission denied: 'base.pt'"
+
+
+def test_another_held_out_text_is_another_base(own_text):
+    plan = script.make_plan(list(map(str, own_text)))
+    texts = script.load_texts(plan)
+    settings = script.base_settings(plan, texts)
+    texts.modern[1] = texts.modern[1].flip(0)
+    assert script.base_settings(plan, texts)["text"] != settings["text"]
+
+
 # ---- What is printed cannot lose what was computed -----------------------------------------------
 
 
@@ -446,6 +475,19 @@ def test_a_reader_that_goes_away_loses_no_run(ready, tmp_path, monkeypatch):
     script.main(ready)
     sys.stdout.close()  # as the interpreter does at the end: no BrokenPipeError
     assert results(tmp_path / "out")["methods"][0]["method"] == "lora"
+
+
+def test_a_closed_output_loses_no_run(ready, tmp_path, monkeypatch):
+    (tmp_path / "out" / "results.json").unlink()
+    monkeypatch.setattr(sys, "stdout", None)
+    script.main(ready)
+    assert results(tmp_path / "out")["methods"][0]["method"] == "lora"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_the_output_is_one_line_of_error(ready, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w", encoding="utf-8"))
+    assert "No space left on device" in error_line(ready, capsys)
 
 
 # ---- Presets and devices -------------------------------------------------------------------------
