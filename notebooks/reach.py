@@ -56,19 +56,17 @@ def best_rows(T, M, A):
 
 
 def best_modulated(T, M, A, sweeps, tolerance):
-    """The fit (B A) * M of T that alternating least squares finds from A (r, n), and its energy."""
+    """The fit (B A) * M of T that alternating least squares finds from A (r, n)."""
     held = torch.zeros((), dtype=T.dtype, device=T.device)
     for _ in range(sweeps):
-        A = torch.linalg.qr(A.mT)[
-            0
-        ].mT  # the same row space, so the same best fit, well conditioned
+        A = torch.linalg.qr(A.mT)[0].mT  # the same row space and best fit, well conditioned
         B = best_rows(T, M, A)
         B = torch.linalg.qr(B)[0]
         A = best_rows(T.mT, M.mT, B.mT).mT
         before, held = held, (T * ((B @ A) * M)).sum()  # of a best fit <T, D> = ||D||^2
         if held - before <= tolerance * T.square().sum():
             break
-    return (B @ A) * M, held
+    return (B @ A) * M
 
 
 def starts(T, M, rank, count, generator):
@@ -79,7 +77,7 @@ def starts(T, M, rank, count, generator):
 
 
 @torch.no_grad()
-def reach_by_start(
+def fits_by_start(
     target,
     weight,
     *,
@@ -92,23 +90,38 @@ def reach_by_start(
     tolerance=1e-6,
     seed=0,
 ):
-    """Where each start ends, `count` floats (one where the answer is exact); see `reach`."""
+    """The member (m, n) at which each start ends, `count` of them; one where it is exact."""
     T, W0 = target.detach().double(), weight.detach().double()
     generator = torch.Generator().manual_seed(seed)
-    pieces = blocks(W0, num_blocks, order)
-    held = torch.zeros(count if modulate else 1, dtype=torch.float64)
-    for k, (rows, cols) in enumerate(pieces):
+    fits = [torch.zeros_like(T) for _ in range(count if modulate else 1)]
+    for k, (rows, cols) in enumerate(blocks(W0, num_blocks, order)):
         r_k = rank // num_blocks + (k < rank % num_blocks)
         r_k = min(r_k, len(rows), len(cols))
         T_k, M_k = T[rows[:, None], cols], W0[rows[:, None], cols]  # (m_k, n_k)
         if r_k == 0:
             continue
         if not modulate:
-            held += best_low_rank(T_k, r_k).square().sum().cpu()
+            fits[0][rows[:, None], cols] = best_low_rank(T_k, r_k)
             continue
-        for i, A in enumerate(starts(T_k, M_k, r_k, count, generator)):
-            held[i] += best_modulated(T_k, M_k, A, sweeps, tolerance)[1].cpu()
-    return (held / T.square().sum().cpu()).tolist()
+        for D, A in zip(fits, starts(T_k, M_k, r_k, count, generator)):
+            D[rows[:, None], cols] = best_modulated(T_k, M_k, A, sweeps, tolerance)
+    return fits
+
+
+def share_held(target, fit):
+    """Share of the target's energy in a best fit, whose error is at a right angle to it."""
+    return (fit.square().sum() / target.detach().double().square().sum()).item()
+
+
+def reach_by_start(target, weight, **options):
+    """Where each start ends, a share of the energy each; see `reach`."""
+    return [share_held(target, fit) for fit in fits_by_start(target, weight, **options)]
+
+
+def best_fit(target, weight, **options):
+    """The member (m, n) of the family that holds most of the target; options as of `reach`."""
+    fits = fits_by_start(target, weight, **options)
+    return max(fits, key=lambda fit: share_held(target, fit))
 
 
 def reach(target, weight, **options):

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 import reach as reach_module
-from reach import FAMILIES, best_modulated, ceiling, family, noise_like, reach, reach_by_start
+from reach import FAMILIES, best_fit, ceiling, family, noise_like, reach, reach_by_start
 
 SHAPES = [(12, 12), (20, 9), (9, 20)]
 
@@ -104,11 +104,14 @@ def test_no_member_drawn_at_random_is_closer_than_the_best_one(name):
         assert cosine.square() <= best + 1e-9
 
 
-def test_the_energy_of_a_fit_is_what_it_takes_away_from_the_error():
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_best_fit_holds_what_reach_says_and_leaves_a_right_angle(name):
     T, W0 = draw(12, 10), draw(12, 10, seed=1)
-    fit, held = best_modulated(T, W0, draw(2, 10, seed=2), sweeps=50, tolerance=0.0)
-    lost = (T - fit).square().sum()
-    assert held == pytest.approx((T.square().sum() - lost).item(), rel=1e-9)
+    options = family(name, 1, num_blocks=2) | dict(sweeps=2000, tolerance=0.0)
+    fit = best_fit(T, W0, **options)
+    lost = (T - fit).square().sum() / T.square().sum()
+    assert reach(T, W0, **options) == pytest.approx(1 - lost.item(), rel=1e-6)
+    assert abs((fit * (T - fit)).sum()) < 1e-6 * T.square().sum()
 
 
 def test_blocks_without_a_branch_hold_nothing():
