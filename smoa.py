@@ -477,6 +477,7 @@ def load_state_dict(model, state, *, check_base=True):
     Raises:
         ValueError: names, shapes, orders or a base weight do not fit. The model is then as before.
     """
+    _check_not_sharded(model, "given an adapter's state")
     _check_unmergeable(model)
     _fill(dict(adapters(model)), state, check_base)
 
@@ -646,6 +647,7 @@ def load(model, path, *, check_base=True):
         ValueError, TypeError: it is damaged, names a layer that the model has not or that is no
             linear one, or does not fit the shapes or the base weights. The model is as before.
     """
+    _check_not_sharded(model, "given an adapter")
     config, state = _read(path)
     if isinstance(model, SMoALinear):  # it hangs nowhere, where another could take its place
         _check_same_config(config, _config(model))
@@ -1093,8 +1095,8 @@ def _check_not_sharded(model, done):
         sharded |= any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
     _require(
         not sharded,
-        f"a model that is sharded over processes (FSDP) cannot be {done}: save the adapter, load "
-        "it into the plain model, and go on there",
+        f"a model that is sharded over processes (FSDP) cannot be {done}: do that to the plain "
+        "model, then shard it (smoa.save writes a sharded model's adapter)",
     )
 
 
@@ -1159,11 +1161,6 @@ def _check_state(layers, own, state, check_base):
         order_key = _join(name, "order")
         with _named_errors(order_key):
             _checked_orders(state[order_key].tensor_split([m]), m, n, "cpu")
-        tensors = [layer.base.weight, *layer.A, *layer.B]
-        _require(
-            not any(_is_sharded(tensor) for tensor in tensors),
-            f"{name}: the layer is sharded over processes: load the adapter first, then shard",
-        )
         if check_base:
             key = _join(name, "base_sketch")
             _check_base(name, wanted[key], state[key].to(wanted[key].device))
@@ -1228,8 +1225,7 @@ _TINY = torch.finfo(torch.float64).tiny
 def _one_matmul_will_do(layer, x):
     """Whether the base, run with W0 + delta_W for its weight, says what the two terms say."""
     base = layer.base
-    hooks = base._forward_pre_hooks or nn.modules.module._global_forward_pre_hooks
-    if hooks or "weight" not in base._parameters or "weight" in vars(base):
+    if base._forward_pre_hooks or "weight" not in base._parameters or "weight" in vars(base):
         return False  # hook, parametrization, sharding, another adapter: theirs, not to be replaced
     _check_at_hand(layer, x)
     half = (torch.float16, torch.bfloat16)
@@ -1268,20 +1264,13 @@ def _add_within(base, x, update):
 
     What they bring (an offloaded weight) is then there, and what they do is done to the sum.
     """
-    if not _has_hooks(base):
+    if not (base._forward_pre_hooks or base._forward_hooks):
         return base(x) + update(x)
     handle = base.register_forward_hook(lambda _, args, y: y + update(*args), prepend=True)
     try:
         return base(x)
     finally:
         handle.remove()
-
-
-def _has_hooks(base):
-    """Whether anything acts when the base is called, or when a gradient passes it."""
-    forward = base._forward_pre_hooks or base._forward_hooks
-    backward = base._backward_pre_hooks or base._backward_hooks
-    return bool(forward or backward or nn.modules.module._has_any_global_hook())
 
 
 def _scaled_to_one(weight):
@@ -1327,7 +1316,11 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 def _is_bare(base):
     """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
     linear = type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D"
-    if not linear or "forward" in vars(base) or _has_hooks(base):
+    if not linear or "forward" in vars(base):
+        return False
+    if base._forward_pre_hooks or base._forward_hooks:
+        return False
+    if base._backward_pre_hooks or base._backward_hooks:
         return False
     return not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
 
