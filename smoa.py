@@ -126,8 +126,7 @@ class SMoALinear(nn.Module):
         A, B: lists; A[k] (r_k, n_k) and B[k] (m_k, r_k) are parameters `A_k` and `B_k` in float32,
             in float64 over a float64 base. A branch of rank 0 has none: its entries are empty.
         row_order (m,), col_order (n,): int64. In the state dict, but no buffers: what averages or
-            casts a model's buffers must not move them. torch.func.functional_call leaves them, too:
-            factors go with the orders that they were trained in.
+            casts a model's buffers must not move them.
         weight, bias: W0 + delta_W in the base's own orientation, rounded to its dtype. For parents
             that read them past `forward`, as nn.MultiheadAttention does.
         merged: whether `base.weight` holds W0 + delta_W.
@@ -161,13 +160,12 @@ class SMoALinear(nn.Module):
         if isinstance(order, str) and order == "spectral" and num_blocks > 1:
             order = spectral_order(W0)
         self.row_order, self.col_order = _checked_orders(order, *W0.shape, W0.device)
-
         # Half precision is for the frozen weight; a factor that learns in small steps needs more.
         options = dict(dtype=torch.promote_types(W0.dtype, torch.float32), device=W0.device)
-        sizes = _block_sizes(*W0.shape, rank, num_blocks)
-        for k, (r_k, (_, m_k, n_k)) in enumerate(zip(self.branch_ranks, sizes)):
-            A_k = torch.empty(r_k, n_k, **options)
-            B_k = torch.zeros(m_k, r_k, **options)
+        rows, cols = (order.tensor_split(num_blocks) for order in (self.row_order, self.col_order))
+        for k, r_k in enumerate(self.branch_ranks):
+            A_k = torch.empty(r_k, len(cols[k]), **options)
+            B_k = torch.zeros(len(rows[k]), r_k, **options)
             if r_k > 0:
                 nn.init.kaiming_uniform_(A_k, a=5**0.5)
                 self.register_parameter(f"A_{k}", nn.Parameter(A_k))
@@ -283,8 +281,6 @@ class SMoALinear(nn.Module):
             _check_own_weight(self.base, ValueError)
             self._put(self._turn(self.base.weight), self._set_aside)
             self._set_aside = None
-
-    # ---- what PyTorch asks of a module that keeps more than parameters and buffers
 
     def get_extra_state(self):
         """The orders, (m + n,) int32, rows first: in the state dict, beside the factors."""
@@ -457,6 +453,8 @@ def state_dict(model):
     Per layer: `NAME.A_k` and `NAME.B_k` of every branch with a rank; `NAME.order`, (m + n,) int32,
     rows first, unless it is the natural order; `NAME.base_sketch`, which tells the base weight
     that it belongs to. Under FSDP2 every process must call it, and gets whole tensors.
+    torch.func.functional_call and stack_module_state take no orders from any state: use them among
+    layers of one order.
     """
     state = {}
     for name, layer in adapters(model):

@@ -7,7 +7,7 @@
 
 reach.py says what reach is and how it is found; here are only the language model's targets, layers
 and controls. The signs of the gradient are where Adam's first step goes. The result is
-reach_lm.json, a row a number; rows of other targets stay in it.
+reach_lm.json, a row a number; targets that are in it are not measured again.
 
 Plain reach counts every entry of the wanted change alike. What the layer puts out is T x, and some
 input channels are much louder than others. With channels that do not correlate,
@@ -144,7 +144,7 @@ def measure(target, W0, loud=1.0):
 # ------------------------------------------------------------------------------------------
 # The losses of the best members
 
-SCALES = (1, 1.5, 2, 3, 4, 6)  # a part of the wanted change may well want to be larger
+SCALES = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # a part may well want to be larger
 MEMBERS = {  # of m + n numbers a layer; natural order, which needs no spectrum of 210 layers
     "LoRA": dict(rank=1, modulate=False),
     "HiRA": dict(rank=1),
@@ -207,15 +207,15 @@ def main(argv=None):
         with torch.no_grad():
             found = trained_updates(base, args.keep, LAYERS)
         targets = {name: (changes, ones) for name, changes in found.items()}
-        for name, changes in found.items():
-            targets[name + SEEN] = (changes, loud)
+        targets["update of full" + SEEN] = (found["update of full"], loud)
     else:
         found = gradients(base, texts["train"], LAYERS)
         signs = {name: gradient.sign() for name, gradient in found.items()}
         noise = {name: noise_like(W0, seed=1) for name, W0 in weights.items()}
         targets = {"gradient": (found, ones), "its signs": (signs, ones), "noise": (noise, ones)}
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    rows = [row for row in rows if row["target"] not in targets]
+    for target in {row["target"] for row in rows} & targets.keys():
+        del targets[target]
     for target, (changes, column_weights) in targets.items():
         for layer, change in changes.items():
             found = measure(change, weights[layer], column_weights[layer])
