@@ -10,7 +10,7 @@ pair modulate each of the K aligned blocks:
     W0       = U diag(s) Vh                                 s descending, q = min(m, n) directions
     p_i      = sum_j j (s_j U_ij)^2 / sum_j (s_j U_ij)^2    position of row i, j from 0; columns: V
     rows_k   = piece k of argsort(p) over the rows          cols_k likewise, as torch.tensor_split
-    M_k      = W0[rows_k, cols_k]                           the anchor: W0 itself, no second copy
+    M_k      = W0[rows_k, cols_k]                           the anchor: W0 itself, no copy is kept
     delta_W  = (alpha / r) (B_k A_k) * M_k                  at (rows_k, cols_k); 0 elsewhere
     y        = x (W0 + delta_W)^T + bias
 
@@ -365,7 +365,7 @@ def inject(model, targets, **layer_options):
 
 
 def merge(model):
-    """Let every base weight become W0 + delta_W, in place; see SMoALinear.merge.
+    """Let every base weight become W0 + delta_W, in place and in its dtype; see SMoALinear.merge.
 
     Raises:
         ValueError: a weight to be merged is another module's too (tied embeddings), is sharded, is
@@ -373,14 +373,7 @@ def merge(model):
             No layer is then merged.
     """
     _check_mergeable(model)
-    merged_now = [layer for _, layer in adapters(model) if not layer.merged]
-    try:
-        for layer in merged_now:
-            layer.merge()
-    except BaseException:  # out of memory, say
-        for layer in merged_now:
-            layer.unmerge()
-        raise
+    _merge_all(model)
 
 
 def unmerge(model):
@@ -395,24 +388,21 @@ def unmerge(model):
 
 
 def unload(model, *, merge=False):
-    """Take the adapters out: every SMoALinear becomes its base again. All stays frozen.
+    """Take the adapters out: every SMoALinear becomes its base again. Nothing is unfrozen.
 
     Args:
         merge: leave W0 + delta_W in the base, for good, instead of W0.
     Returns:
         The plain model (another object only where the model itself is a SMoALinear).
     """
+    layers = [layer for _, layer in adapters(model)]
     if merge:
         _check_mergeable(model)
-    else:
-        _check_unmergeable(model)
-    layers = [layer for _, layer in adapters(model)]
-    for layer in layers:
-        if merge:
-            layer.merge()
+        _merge_all(model)
+        for layer in layers:
             layer._set_aside = None  # for good: there is no way back
-        else:
-            layer.unmerge()
+    else:
+        unmerge(model)
     _swap(model, {layer: layer.base for layer in layers})
     return model.base if isinstance(model, SMoALinear) else model
 
@@ -437,9 +427,11 @@ def disabled(model):
     finally:
         _disabled.remove(model)
         for _, layer in adapters(model):
-            enabled, merged = before.get(layer, (_starts_enabled(layer), False))
+            layer.enabled = _starts_enabled(layer)
+        for layer, (enabled, _) in before.items():
             layer.enabled = enabled
-            if merged:
+        for _, layer in adapters(model):
+            if layer in before and before[layer][1]:
                 layer.merge()
 
 
@@ -481,6 +473,18 @@ def load_state_dict(model, state, *, check_base=True):
 
 
 # What the verbs are made of
+
+
+def _merge_all(model):
+    """Merge every layer, or none."""
+    merged_now = [layer for _, layer in adapters(model) if not layer.merged]
+    try:
+        for layer in merged_now:
+            layer.merge()
+    except BaseException:  # out of memory, say
+        for layer in merged_now:
+            layer.unmerge()
+        raise
 
 
 # How wrappers name the one module that they wrap; "module" is theirs only in the types below.
@@ -844,7 +848,7 @@ def _checked_dropout(dropout):
 
 def _checked_orders(order, m, n, device):
     """(row_order, col_order), int64 tensors of their own on the device."""
-    if isinstance(order, str) and order in ("natural", "spectral"):
+    if isinstance(order, str) and order in ("natural", "spectral"):  # "spectral": of one block
         order = (range(m), range(n))
     _require(
         isinstance(order, (tuple, list)) and len(order) == 2,
@@ -992,7 +996,8 @@ def _check_injectable(model, plan):
 def _check_parent(model, layer):
     for parent in model.modules():
         attention = isinstance(parent, nn.MultiheadAttention)
-        inside = attention and layer.base in parent._modules.values()
+        children = [getattr(child, "base", child) for child in parent._modules.values()]
+        inside = attention and layer.base in children
         _require(
             not (inside and layer.dropout),
             "nn.MultiheadAttention reads the weight past forward, where dropout cannot act: "
@@ -1059,7 +1064,7 @@ def _check_mergeable(model):
 
 
 def _place(tensor, owner):
-    """(first byte, last byte, owner) of a tensor in memory."""
+    """(address of the first entry, of the last, owner) of a tensor."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size(), owner
 
@@ -1086,7 +1091,7 @@ def _check_unmergeable(model):
 
 
 def _check_not_sharded(model, done):
-    """After a forward FSDP2 may leave whole weights for a while: what is written there is lost."""
+    """Refuse shards, and weights that FSDP2 has gathered for a while: no write to them lasts."""
     tensors = [t for _, layer in adapters(model) for t in (layer.base.weight, *layer.A, *layer.B)]
     sharded = any(_is_sharded(tensor) or tensor.ndim != 2 for tensor in tensors)
     for module in model.modules():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -384,14 +385,15 @@ def test_a_merge_without_the_factors_values_is_refused():
     assert not any(layer.merged for _, layer in smoa.adapters(model))
 
 
-def test_a_merge_that_breaks_off_is_undone(monkeypatch):
+@pytest.mark.parametrize("verb", [smoa.merge, partial(smoa.unload, merge=True)])
+def test_a_merge_that_breaks_off_is_undone(verb, monkeypatch):
     model = adapted()
     before = [bits(p) for p in model.parameters()]
     monkeypatch.setattr(model.second, "delta", lambda k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        smoa.merge(model)
+        verb(model)
     assert [bits(p) for p in model.parameters()] == before
-    assert not any(layer.merged for _, layer in smoa.adapters(model))
+    assert [layer.merged for _, layer in smoa.adapters(model)] == [False, False]
 
 
 def test_a_merge_of_what_is_disabled_is_refused():
