@@ -375,6 +375,8 @@ CLAIMS = {  # the first arm of each pair should have the lower loss
         ("smoa 1 K=4", "lora 1"),
         ("smoa r=8 K=2", "lora 4"),
         ("smoa 4 K=4", "lora 4"),
+        ("smoa 1 K=2 natural", "lora 1"),
+        ("smoa r=8 K=2 natural", "lora 4"),
     ],
     "SMoA beats LoRA of the same r with half of its numbers": [("smoa r=8 K=2", "lora 8")],
     "the spectral order beats the natural one": [
