@@ -995,11 +995,11 @@ def _check_injectable(model, plan):
 
 def _check_parent(model, layer):
     for parent in model.modules():
-        attention = isinstance(parent, nn.MultiheadAttention)
+        if not isinstance(parent, nn.MultiheadAttention):
+            continue
         children = [getattr(child, "base", child) for child in parent._modules.values()]
-        inside = attention and layer.base in children
         _require(
-            not (inside and layer.dropout),
+            not (layer.base in children and layer.dropout),
             "nn.MultiheadAttention reads the weight past forward, where dropout cannot act: "
             "use dropout=0",
         )
@@ -1351,8 +1351,8 @@ def _product(layer, x, add_W0):  # (..., n) -> (..., m)
         x.reshape(-1, layer.in_features),
         layer.original_weight(),
         layer.bias if add_W0 else None,
-        torch.cat(layer.rows),
-        torch.cat(layer.cols),
+        layer.row_order.to(x.device),
+        layer.col_order.to(x.device),
         layer.num_blocks,
         layer.scale,
         add_W0,

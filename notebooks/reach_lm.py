@@ -202,12 +202,13 @@ def main(argv=None):
         return write(LOSSES, measure_losses(base, texts, args.keep))
     weights = {name: base.get_submodule(name).weight.detach() for name in LAYERS}
     ones = dict.fromkeys(LAYERS, 1.0)
-    loud = input_rms(base, texts["train"], LAYERS)
     if args.keep:
         with torch.no_grad():
             found = trained_updates(base, args.keep, LAYERS)
         targets = {name: (changes, ones) for name, changes in found.items()}
-        targets["update of full" + SEEN] = (found["update of full"], loud)
+        if "update of full" in found:
+            loud = input_rms(base, texts["train"], LAYERS)
+            targets["update of full" + SEEN] = (found["update of full"], loud)
     else:
         found = gradients(base, texts["train"], LAYERS)
         signs = {name: gradient.sign() for name, gradient in found.items()}
