@@ -89,16 +89,16 @@ def japanese():
     return tuple("\n".join(map(str.strip, numbered.findall(part))) for part in testaments)
 
 
-def load_texts(tokenizer, learned="folio"):
+def load_texts(tokenizer, kind="folio"):
     """Tokens to train on, to choose rates on ("validation"), and to judge on.
 
-    The text that is `learned` is "folio" or "japanese"; "modern" tells what is forgotten.
+    `kind` is the text that is learned, "folio" or "japanese"; "modern" tells what is forgotten.
     """
-    train, held_out = japanese() if learned == "japanese" else corpus("folio")
+    train, held_out = japanese() if kind == "japanese" else corpus("folio")
     parts = {
         "train": train[:-VALIDATION],
         "validation": train[-VALIDATION:],
-        learned: held_out,
+        kind: held_out,
         "modern": corpus("modern")[1],
     }
     return {name: encode(tokenizer, text) for name, text in parts.items()}
@@ -230,6 +230,8 @@ ARMS = {
     "smoa r=8 K=2 natural": (3, adapter_options("smoa", 4, 2) | dict(order="natural")),
     "lora 1 long": (-1, adapter_options("lora", 1, 1) | dict(steps=4 * STEPS)),
     "smoa 1 K=2 long": (4, adapter_options("smoa", 1, 2) | dict(steps=4 * STEPS)),
+    "hira 1 permuted": (3, adapter_options("hira", 1, 1) | dict(anchor="permuted")),
+    "hira 1 noise": (3, adapter_options("hira", 1, 1) | dict(anchor="noise")),
     "lora 1 japanese": (1, adapter_options("lora", 1, 1) | dict(text="japanese")),
     "smoa 1 K=2 japanese": (5, adapter_options("smoa", 1, 2) | dict(text="japanese")),
     "hira 1 japanese": (3, adapter_options("hira", 1, 1) | dict(text="japanese")),
@@ -299,6 +301,29 @@ def next_run(records, i=1, n=1):
 # One run
 
 
+class OtherAnchor(torch.nn.Module):
+    """A control: W0 + scale * anchor * (B @ A), with another (m, n) matrix as HiRA's anchor.
+
+    "permuted" is W0 with its rows and its columns in random order: its entries and its singular
+    values, in places that mean nothing. "noise" is Gaussian, as large as W0 on average.
+    """
+
+    def __init__(self, layer, kind):
+        super().__init__()
+        self.base, self.scale, (self.A,), (self.B,) = layer.base, layer.scale, layer.A, layer.B
+        W0 = layer.base.weight
+        m, n = W0.shape
+        if kind == "permuted":
+            anchor = W0[torch.randperm(m)][:, torch.randperm(n)]
+        else:
+            anchor = torch.randn(m, n).to(W0) * W0.square().mean().sqrt()
+        self.register_buffer("anchor", anchor)
+
+    def forward(self, x):
+        weight = self.base.weight + self.scale * self.anchor * (self.B @ self.A)
+        return torch.nn.functional.linear(x, weight, self.base.bias)
+
+
 def adapt(model, layer_options, orders=None):
     """Adapt the model in place, so that what trains requires a gradient.
 
@@ -312,6 +337,7 @@ def adapt(model, layer_options, orders=None):
         for name in names:
             model.get_submodule(name).weight.requires_grad_(True)
         return
+    anchor = given.pop("anchor", None)
     needs_order = given.get("order", "spectral") == "spectral" and given["num_blocks"] > 1
     for name in names:
         if needs_order and orders is not None:
@@ -319,6 +345,9 @@ def adapt(model, layer_options, orders=None):
                 orders[name] = smoa.spectral_order(model.get_submodule(name).weight)
             given["order"] = orders[name]
         smoa.inject(model, [name], **given)
+    if anchor:
+        for name, layer in list(smoa.adapters(model)):
+            model.set_submodule(name, OtherAnchor(layer, anchor))
 
 
 def judged(texts):
@@ -433,6 +462,12 @@ CLAIMS = {  # the first arm of each pair should have the lower loss
         ("hira 1 japanese", "lora 1 japanese"),
         ("smoa 1 K=4 natural", "melora 1 K=4"),
         ("smoa 4 K=4 natural", "melora 4 K=4"),
+    ],
+    "the anchor helps because it is W0": [
+        ("hira 1", "hira 1 permuted"),
+        ("hira 1", "hira 1 noise"),
+        ("hira 1 permuted", "lora 1"),
+        ("hira 1 noise", "lora 1"),
     ],
     "the blocks help": [
         ("smoa 1 K=2", "hira 1"),

@@ -230,7 +230,7 @@ def test_an_adapted_model_computes_what_the_base_does(tiny, arm):
     assert any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("arm", ["lora 1", "smoa 1 K=2", "lora 1 on half", "full"])
+@pytest.mark.parametrize("arm", ["lora 1", "smoa 1 K=2", "lora 1 on half", "hira 1 noise", "full"])
 def test_a_run_learns_leaves_the_base_alone_and_can_be_repeated(tiny, arm):
     model, texts = tiny
     digest = study_lm.describe(model)
@@ -252,6 +252,23 @@ def test_a_run_is_judged_on_the_text_it_learns(tiny):
     records[1]["japanese"] = [loss - 0.5 for loss in line["japanese"]]
     difference, _, _ = study_lm.compare("hira 1 japanese", "lora 1 japanese", records)
     assert difference == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("kind", ["permuted", "noise"])
+def test_another_anchor_is_as_large_as_the_weight_and_stands_in_its_place(kind):
+    base = torch.nn.Linear(40, 30, dtype=torch.float64)
+    layer = smoa.SMoALinear(base, rank=3, num_blocks=1)
+    control = study_lm.OtherAnchor(layer, kind)
+    W0, anchor = base.weight.detach(), control.anchor
+    assert anchor.norm().item() == pytest.approx(W0.norm().item(), rel=0.1)
+    assert F.cosine_similarity(W0.flatten(), anchor.flatten(), dim=0).abs() < 0.15
+    if kind == "permuted":
+        torch.testing.assert_close(torch.linalg.svdvals(anchor), torch.linalg.svdvals(W0))
+    torch.nn.init.normal_(control.B)
+    x = torch.randn(5, 40, dtype=torch.float64)
+    change = layer.scale * (control.B @ control.A) * anchor
+    torch.testing.assert_close(control(x), base(x) + x @ change.mT)
+    assert set(map(id, control.parameters())) == set(map(id, layer.parameters()))
 
 
 def test_the_two_testaments_are_verses_without_their_numbers():
