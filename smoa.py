@@ -301,9 +301,10 @@ class SMoALinear(nn.Module):
         super()._apply(fn, *args, **kwargs)
         if self.merged:
             self._set_aside = [fn(anchor) for anchor in self._set_aside]
-        if not self.base.weight.is_meta:
-            self.row_order = self.row_order.to(self.base.weight.device)
-            self.col_order = self.col_order.to(self.base.weight.device)
+        device = self.A[0].device
+        if device.type != "meta":
+            self.row_order = self.row_order.to(device)
+            self.col_order = self.col_order.to(device)
         return self
 
     def extra_repr(self):
@@ -1092,6 +1093,9 @@ def _check_unmergeable(model):
 
 def _check_not_sharded(model, done):
     """Refuse shards, and weights that FSDP2 has gathered for a while: no write to them lasts."""
+    for name, layer in adapters(model):
+        with _named_errors(name):
+            _check_is_tensor(layer)
     tensors = [t for _, layer in adapters(model) for t in (layer.base.weight, *layer.A, *layer.B)]
     sharded = any(_is_sharded(tensor) or tensor.ndim != 2 for tensor in tensors)
     for module in model.modules():
@@ -1117,7 +1121,19 @@ def _check_not_merged(layer):
     )
 
 
+def _check_is_tensor(layer):
+    """A quantized module that took the base's place has a method `weight`, or one of integers."""
+    weight = layer.base.weight
+    _require(
+        isinstance(weight, torch.Tensor) and weight.dtype in _DTYPES,
+        f"the base is {type(layer.base)} now, whose weight is no anchor: "
+        "smoa.unload(model, merge=True) before the model is quantized",
+        TypeError,
+    )
+
+
 def _check_has_values(layer):
+    _check_is_tensor(layer)
     for tensor in [layer.base.weight, *layer.A, *layer.B]:
         _require(
             not tensor.is_meta,
@@ -1133,6 +1149,7 @@ def _check_has_values(layer):
 
 def _check_at_hand(layer, x):
     """Offloading and sharding bring weights back within a module's own call, and only there."""
+    _check_is_tensor(layer)
     weight = layer.base.weight
     shape = (layer.out_features, layer.in_features)
     gone = weight.is_meta and not x.is_meta

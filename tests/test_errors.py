@@ -385,6 +385,37 @@ def test_a_merge_without_the_factors_values_is_refused():
     assert not any(layer.merged for _, layer in smoa.adapters(model))
 
 
+class Quantized(nn.Module):
+    """What quantization puts in a linear layer's place: integers, or a method for its weight."""
+
+    def __init__(self, linear, as_method):
+        super().__init__()
+        self.step = linear.weight.detach().abs().max() / 127
+        self.integers = (linear.weight.detach() / self.step).round().to(torch.int8)
+        self.bias = linear.bias
+        self.weight = (lambda: self.step * self.integers) if as_method else self.integers
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.step * self.integers, self.bias)
+
+
+@pytest.mark.parametrize("as_method", [True, False])
+def test_a_base_that_was_quantized_is_no_anchor_but_a_merged_one_computes(as_method, tmp_path):
+    model = adapted()
+    layer, x = model.second, normal(3, model.second.in_features, seed=0, dtype=torch.float32)
+    plain = layer.base
+    layer.base = Quantized(plain, as_method)
+    for use in (layer, lambda _: smoa.save(model, tmp_path / "a.pt"), lambda _: smoa.merge(model)):
+        with pytest.raises((TypeError, ValueError), match="Quantized"):
+            use(x)
+    layer.base = plain
+    layer.merge()
+    expected = layer(x)
+    layer.base = Quantized(plain, as_method)
+    model.to("cpu")
+    assert (layer(x) - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("verb", [smoa.merge, partial(smoa.unload, merge=True)])
 def test_a_merge_that_breaks_off_is_undone(verb, monkeypatch):
     model = adapted()
