@@ -601,9 +601,8 @@ def summarize(records, say=print):
     """
     say(f"{'arm':21} {'trainable':>11} {'rate':>8} {'seeds':>5} {'learned':>8} {'modern':>8}")
     for text in ("folio", "japanese"):
-        base = next((r for r in records if r["arm"] == "base" and text in r), None)
-        if base:
-            losses = f"{mean(base[text]):8.4f} {mean(base['modern']):8.4f}"
+        if base := base_losses(text, records):
+            losses = f"{mean(base):8.4f} {mean(base_losses('modern', records)):8.4f}"
             say(f"{'base, ' + text:21} {0:11} {'-':>8} {'-':>5} {losses}")
     for arm in ARMS:
         runs = list(at_best_rate(arm, records).values())
