@@ -1391,6 +1391,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x, W0, bias, row_order, col_order, K, scale, add_W0, *factors):
+        factors = [factor.detach() for factor in factors]  # linearize takes them for constants
         parts = _parts(row_order, col_order, K, scale, factors)
         with _no_autocast(x.device):
             if add_W0:
@@ -1469,7 +1470,7 @@ def _summed_weight(W0, scale, rows, cols, A, B):
             factor = torch.addmm(one, B, A, alpha=scale)  # (m, r) @ (r, n) -> (m, n)
         else:  # in W0's memory layout
             factor = torch.addmm(one, A.mT, B.mT, alpha=scale).mT
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
         return factor * W0
     return factor.mul_(W0)  # nobody watches: no second buffer of W0's size
 
@@ -1485,7 +1486,7 @@ def _block_product(x, W0, scale, rows, cols, A, B):
 
 def _columns(x, index):
     """x[:, index], in parallel, and in half precision two to four times as fast."""
-    return x.gather(1, index.expand(len(x), -1))
+    return x.gather(1, index.expand(x.shape[0], -1))
 
 
 def _submatrix(W, rows, cols):

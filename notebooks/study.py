@@ -146,6 +146,10 @@ def study_arms():
         for blocks in (2, 8):
             for method in ("smoa", "melora"):
                 arms[f"{method} {rank} K={blocks}"] = Arm(method, rank, blocks)
+    # Must the anchor be W0? On record in anchors.jsonl, with hira and lora over the same base.
+    for rank in (1, 4):
+        for kind in ("permuted", "noise"):
+            arms[f"hira {rank} {kind}"] = Arm("hira", rank, 1, variant=f"{kind} anchor")
     return arms
 
 
@@ -172,6 +176,32 @@ def wanted(name, records):
 
 
 # ---- One run -------------------------------------------------------------------------------------
+
+
+class OtherAnchor(torch.nn.Module):
+    """A control: W0 + scale * anchor * (B @ A), with another (m, n) matrix as HiRA's anchor.
+
+    "permuted" is W0 with its rows and its columns in random order: its entries and its singular
+    values, in places that mean nothing. "noise" is Gaussian, as large as W0 on average.
+    """
+
+    def __init__(self, layer, kind):
+        super().__init__()
+        self.base, self.scale, (self.A,), (self.B,) = layer.base, layer.scale, layer.A, layer.B
+        W0 = layer.base.weight
+        m, n = W0.shape
+        if kind == "permuted":
+            anchor = W0[torch.randperm(m)][:, torch.randperm(n)]
+        else:
+            anchor = torch.randn(m, n).to(W0) * W0.square().mean().sqrt()
+        self.register_buffer("anchor", anchor)
+
+    @property
+    def weight(self):
+        return self.base.weight + self.scale * self.anchor * (self.B @ self.A)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.base.bias)
 
 
 def adapted(arm, base, seed):
@@ -203,6 +233,9 @@ def adapted(arm, base, seed):
         if arm.variant == "anchor rms 1":
             own["alpha"] = own["rank"] / layer.weight.detach().square().mean().sqrt().item()
         smoa.inject(model, [name], **own)
+    if arm.variant in ("permuted anchor", "noise anchor"):
+        for name, layer in list(smoa.adapters(model)):
+            model.set_submodule(name, OtherAnchor(layer, arm.variant.split()[0]))
     if arm.variant in ("A ones", "A around ones"):
         kept = 0 if arm.variant == "A ones" else 1
         for _, layer in smoa.adapters(model):

@@ -33,7 +33,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # study.py; smoa.py and the corpus
-from study import read_records  # noqa: E402
+from study import OtherAnchor, read_records  # noqa: E402
 
 import smoa  # noqa: E402
 from train_shakespeare import adapter_options, corpus  # noqa: E402
@@ -299,29 +299,6 @@ def next_run(records, i=1, n=1):
 
 # ------------------------------------------------------------------------------------------
 # One run
-
-
-class OtherAnchor(torch.nn.Module):
-    """A control: W0 + scale * anchor * (B @ A), with another (m, n) matrix as HiRA's anchor.
-
-    "permuted" is W0 with its rows and its columns in random order: its entries and its singular
-    values, in places that mean nothing. "noise" is Gaussian, as large as W0 on average.
-    """
-
-    def __init__(self, layer, kind):
-        super().__init__()
-        self.base, self.scale, (self.A,), (self.B,) = layer.base, layer.scale, layer.A, layer.B
-        W0 = layer.base.weight
-        m, n = W0.shape
-        if kind == "permuted":
-            anchor = W0[torch.randperm(m)][:, torch.randperm(n)]
-        else:
-            anchor = torch.randn(m, n).to(W0) * W0.square().mean().sqrt()
-        self.register_buffer("anchor", anchor)
-
-    def forward(self, x):
-        weight = self.base.weight + self.scale * self.anchor * (self.B @ self.A)
-        return torch.nn.functional.linear(x, weight, self.base.bias)
 
 
 def adapt(model, layer_options, orders=None):

@@ -711,11 +711,33 @@ def test_forward_mode_agrees_with_reverse_mode(way, make):
 
 
 @each_layer
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+def test_a_linearized_layer_moves_as_forward_mode_says(way, make):
+    layer = make()
+    x, tangent = input_of(layer, 3, seed=1), input_of(layer, 3, seed=2)
+    y, move = torch.func.linearize(layer, x)
+    assert_close_in_its_dtype(y, layer(x))
+    _, expected = torch.func.jvp(layer, (x,), (tangent,))
+    for _ in range(2):  # what is kept from call to call stays as it is
+        assert_close_in_its_dtype(move(tangent), expected)
+
+
+@each_layer
 def test_an_exported_layer_computes_the_same(way, make):
     layer = make().eval()
     x = input_of(layer, 3, seed=1)
     exported = torch.export.export(layer, (x,)).module()
     assert_close_in_its_dtype(exported(x), layer(x))
+
+
+@each_layer
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_computes_the_same(way, make):
+    layer = make().eval()
+    x = input_of(layer, 3, seed=1)
+    traced = torch.jit.trace(layer, (x,))  # which traces it again, without gradients, to compare
+    more = input_of(layer, 5, seed=2)
+    assert_close_in_its_dtype(traced(more), layer(more))
 
 
 @each_layer

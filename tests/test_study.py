@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import smoa
 from gpt_mini import GPT, GPTConfig
@@ -102,6 +103,23 @@ def test_unit_rms_anchors_scale_each_layer_by_its_weight(base):
         assert layer.scale == pytest.approx(1 / rms)
 
 
+@pytest.mark.parametrize("kind", ["permuted", "noise"])
+def test_another_anchor_is_as_large_as_the_weight_and_stands_in_its_place(kind):
+    base = torch.nn.Linear(40, 30, dtype=torch.float64)
+    layer = smoa.SMoALinear(base, rank=3, num_blocks=1)
+    control = study.OtherAnchor(layer, kind)
+    W0, anchor = base.weight.detach(), control.anchor
+    assert anchor.norm().item() == pytest.approx(W0.norm().item(), rel=0.1)
+    assert F.cosine_similarity(W0.flatten(), anchor.flatten(), dim=0).abs() < 0.15
+    if kind == "permuted":
+        torch.testing.assert_close(torch.linalg.svdvals(anchor), torch.linalg.svdvals(W0))
+    torch.nn.init.normal_(control.B)
+    x = torch.randn(5, 40, dtype=torch.float64)
+    change = layer.scale * (control.B @ control.A) * anchor
+    torch.testing.assert_close(control(x), base(x) + x @ change.mT)
+    assert set(map(id, control.parameters())) == set(map(id, layer.parameters()))
+
+
 def test_verdicts_follow_from_the_interval_of_paired_differences(monkeypatch):
     ours, theirs = "smoa 2 K=4", "lora 2"
     claims = {
@@ -132,7 +150,8 @@ def test_every_arm_of_the_study_trains_as_many_parameters_as_it_says(base):
         if arm.method == "full" or arm.total_rank:
             continue
         model = study.adapted(arm, base, 0)
-        shapes = [layer.original_weight().shape for _, layer in smoa.adapters(model)]
+        linears = base.named_modules()
+        shapes = [layer.weight.shape for name, layer in linears if name.endswith(arm.targets)]
         lora = sum(arm.rank * (m + n) for m, n in shapes)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert trained == lora, name
