@@ -1414,18 +1414,19 @@ class _Product(torch.autograd.Function):
             if ctx.needs_input_grad[0] and ctx.add_W0:
                 W = _summed_weight(W0, scale, rows, cols, A, B)
                 dx = g @ W.to(g.dtype)  # (T, m) @ (m, n)
-            for rows_k, cols_k, A_k, B_k in zip(rows, cols, A, B):
-                M_k = _submatrix(W0, rows_k, cols_k)
-                g_k = _columns(g, rows_k)  # (T, m_k)
-                x_k = _columns(x, cols_k).to(g.dtype)  # (T, n_k)
-                G_k = (g_k.mT @ x_k).to(A_k.dtype) * M_k  # (m_k, T) @ (T, n_k) -> (m_k, n_k)
-                dA.append(scale * (B_k.mT @ G_k))
-                dB.append(scale * (G_k @ A_k.mT))
+            for rows_k, cols_k, A_k, B_k in _batches(rows, cols, A, B):
+                M_k = _submatrices(W0, rows_k, cols_k)
+                g_k = _columns(g, rows_k)  # (G, T, m_k)
+                x_k = _columns(x, cols_k).to(g.dtype)  # (G, T, n_k)
+                G_k = _matmul(g_k.mT, x_k).to(A_k.dtype) * M_k  # (G, m_k, T) @ (G, T, n_k)
+                dA.extend((scale * (B_k.mT @ G_k)).unbind())
+                dB.extend((scale * (G_k @ A_k.mT)).unbind())
                 if ctx.needs_input_grad[0] and not ctx.add_W0:
                     D_k = scale * (B_k @ A_k) * M_k
-                    dx_blocks.append(g_k @ D_k.to(g.dtype))  # (T, m_k) @ (m_k, n_k)
+                    D_k = D_k.to(g.dtype)
+                    dx_blocks.append(_matmul(g_k, D_k))  # (G, T, m_k) @ (G, m_k, n_k)
             if dx_blocks:
-                dx = _columns(torch.cat(dx_blocks, -1), col_order.argsort())
+                dx = _put_together(dx_blocks, cols)
         return dx, *[None] * 7, *dA, *dB
 
 
@@ -1475,20 +1476,54 @@ def _summed_weight(W0, scale, rows, cols, A, B):
     return factor.mul_(W0)  # nobody watches: no second buffer of W0's size
 
 
+def _batches(rows, cols, A, B):
+    """Neighbouring blocks of one shape, G at a time: small ones cost less together.
+
+    Large ones do not on a CPU. A GPU should want fewer, larger steps; none has been measured.
+    A list of rows_k (G, m_k), cols_k (G, n_k), A_k (G, r_k, n_k), B_k (G, m_k, r_k).
+    """
+    most = 2**18 if A[0].device.type == "cpu" else 2**24  # weights in a batch
+    batches = []
+    for block in zip(rows, cols, A, B):
+        shapes = [part.shape for part in block]
+        (m_k,), (n_k,) = shapes[:2]
+        fits = batches and (len(batches[-1]) + 1) * m_k * n_k <= most
+        if fits and shapes == [part.shape for part in batches[-1][0]]:
+            batches[-1].append(block)
+        else:
+            batches.append([block])
+    return [[torch.stack(parts) for parts in zip(*batch)] for batch in batches]
+
+
 def _block_product(x, W0, scale, rows, cols, A, B):
     """x delta_W^T without the zeros of delta_W, (T, n) -> (T, m)."""
     y = []
-    for rows_k, cols_k, A_k, B_k in zip(rows, cols, A, B):
-        D_k = scale * (B_k @ A_k) * _submatrix(W0, rows_k, cols_k)
-        y.append(F.linear(_columns(x, cols_k), D_k.to(x.dtype)))  # (T, n_k) @ (n_k, m_k)
-    return _columns(torch.cat(y, -1), torch.cat(rows).argsort())
+    for rows_k, cols_k, A_k, B_k in _batches(rows, cols, A, B):
+        D_k = scale * (B_k @ A_k) * _submatrices(W0, rows_k, cols_k)
+        y.append(_matmul(_columns(x, cols_k), D_k.to(x.dtype).mT))  # (G, T, n_k) @ (G, n_k, m_k)
+    return _put_together(y, rows)
+
+
+def _matmul(X, Y):
+    """X @ Y for a batch. A batch of one as matrices: those need no copy of what is transposed."""
+    return X @ Y if len(X) > 1 else (X[0] @ Y[0])[None]
+
+
+def _put_together(batches, pieces):
+    """The columns of K blocks, (G, T, m_k) a batch, each in its place in (T, m)."""
+    y = torch.cat([batch.transpose(0, 1).flatten(1) for batch in batches], -1)
+    return _columns(y, torch.cat(pieces).argsort()[None])[0]
 
 
 def _columns(x, index):
-    """x[:, index], in parallel, and in half precision two to four times as fast."""
-    return x.gather(1, index.expand(x.shape[0], -1))
+    """x[:, index_k] for each of G lines of an index, (T, n), (G, n_k) -> (G, T, n_k).
+
+    By gather: in parallel, and in half precision two to four times as fast.
+    """
+    return x.expand(len(index), -1, -1).gather(2, index[:, None].expand(-1, x.shape[0], -1))
 
 
-def _submatrix(W, rows, cols):
-    """W[rows][:, cols], in a third of the time."""
-    return _columns(W.index_select(0, rows), cols)
+def _submatrices(W, rows, cols):
+    """W[rows_k][:, cols_k], (G, m_k, n_k), in a third of the time."""
+    lines = W.index_select(0, rows.flatten()).view(*rows.shape, -1)  # (G, m_k, n)
+    return lines.gather(2, cols[:, None].expand(-1, rows.shape[1], -1))

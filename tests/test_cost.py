@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from strategies import HALVES, kept_for_backward
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import smoa
@@ -23,6 +24,24 @@ def flops(function, *args):
     with FlopCounterMode(display=False) as counter:
         function(*args)
     return counter.get_total_flops()
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts the operations that compute something; a view of a tensor is none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **kwargs or {})
+
+
+def kernels_of_a_step(base, K):
+    adapted = smoa.SMoALinear(base, 2 * K, K)
+    x = torch.randn(T, n, dtype=base.weight.dtype, requires_grad=True)
+    with KernelCounter() as counter:
+        adapted(x).backward(torch.ones(T, m, dtype=x.dtype))
+    return counter.count
 
 
 def stored_bytes(module):
@@ -61,6 +80,13 @@ def test_lean_backward_forms_one_kth_of_the_weight_gradient(way):
     # What is left are products with the factors, which no token pays for.
     small = flops(loss.backward) - input_gradient - weight_gradient
     assert 0 < small <= 2 * (2 * m * n * r)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_blocks_take_no_more_kernels_where_they_are_small_and_of_one_shape(dtype):
+    base = nn.Linear(n, m, dtype=dtype)
+    few, many = (kernels_of_a_step(base, K) for K in (2, 32))
+    assert many == few
 
 
 def test_layer_keeps_factors_and_orders_and_nothing_of_the_size_of_the_weight():
