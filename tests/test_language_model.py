@@ -141,7 +141,7 @@ def test_a_verdict_tells_what_the_choice_of_the_rates_has_to_do_with_it():
             records.append(dict(run, folio=[loss, loss + 1]))
     said = study_lm.verdict(ours, theirs, records)
     assert said.startswith("-0.5000 +- 0.0000, holds")
-    assert said.endswith("; +0.2500 +- 0.0000 at the rates that are best on the held-out text")
+    assert f"; +0.2500 +- 0.0000 with {theirs} at the rate that is best on the held-out" in said
     unlucky = [r for r in records if (r["rung"], r["seed"]) != (0, 2)]  # two seeds are too few
     assert "best on the held-out text" not in study_lm.verdict(ours, theirs, unlucky)
 
@@ -317,6 +317,27 @@ def test_record_holds_each_run_once_on_one_base():
         if record[text]:
             assert len(record[text]) == study_lm.WINDOWS[text]
             assert len(record["modern"]) == study_lm.WINDOWS["modern"]
+
+
+@pytest.mark.parametrize(
+    "t, freedom, p", [(12.706, 1, 0.05), (2.776, 4, 0.05), (4.604, 4, 0.01), (-2.228, 10, 0.05)]
+)  # from the tables of Student's t
+def test_chance_is_the_tables(t, freedom, p):
+    assert study_lm.chance(t, freedom) == pytest.approx(p, rel=2e-3)
+
+
+def test_holm_corrects_the_smallest_most_and_keeps_the_order():
+    found = study_lm.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.01, -0.02])
+def test_p_is_below_a_twentieth_where_the_interval_misses_zero(shift):
+    generator = torch.Generator().manual_seed(0)
+    differences = (0.02 * torch.randn(3, 40, generator=generator) + shift).tolist()
+    center, half = study_lm.interval(differences)
+    _, error, freedom = study_lm.estimate(differences)
+    assert (study_lm.chance(center / error, freedom) < 0.05) == (abs(center) > half)
 
 
 def test_summary_of_the_record_names_every_comparison(capsys):
