@@ -42,8 +42,8 @@ Where this file departs from the paper's code, and why:
 
 Recipe, and when not to use it: start with LoRA; more rank is no better by itself (README.md). For
 SMoA take K = 2 and r_k = LoRA's r, as many parameters; search the rate around three times LoRA's,
-by factors of two, since a step is scaled by |W0|; order="natural" spares the set-up and costs next to
-nothing. Merge before generating token by token. A zero weight cannot be adapted: zero anchors.
+by factors of two, since a step is scaled by |W0|; order="natural" spares the set-up and costs next
+to nothing. Merge before generating token by token. A zero weight cannot be adapted: zero anchors.
 
 Stop where you like: order, layer, verbs, file, counts, door (checks), small tools, what saves time.
 """

@@ -221,7 +221,8 @@ def repaired_share(run):
 
 
 def summarize(record):
-    print(f"{'task':20} {'method':14} {'rate':>6} {'seeds':>5} {'damage undone, SD':>19} {'cos^2':>6}")
+    head = f"{'task':20} {'method':14} {'rate':>6} {'seeds':>5}"
+    print(f"{head} {'damage undone, SD':>19} {'cos^2':>6}")
     for (task, method), runs in sorted(at_best_rate(read_records(record)).items()):
         shares = [repaired_share(run) for run in runs]
         spread = statistics.stdev(shares) if len(runs) > 1 else float("nan")
