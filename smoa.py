@@ -51,11 +51,13 @@ Stop where you like: order, layer, verbs, file, counts, door (checks), small too
 import contextlib
 import hashlib
 import io
+import numbers
 import os
 import pathlib
 import re
 import shutil
 import tempfile
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -151,10 +153,9 @@ class SMoALinear(nn.Module):
         self.transposed = _is_conv1d(base)
         W0 = self._turn(base.weight.detach())
         self.out_features, self.in_features = W0.shape
-        self.rank, self.num_blocks = rank, num_blocks
         self.branch_ranks = _checked_branch_ranks(branch_ranks, *W0.shape, rank, num_blocks)
+        self.rank, self.num_blocks = rank, num_blocks = int(rank), int(num_blocks)
         self.alpha = _checked_alpha(rank if alpha is None else alpha)
-        self.scale = self.alpha / rank
         self.dropout = _checked_dropout(dropout)
         self.modulate = bool(modulate)
         if isinstance(order, str) and order == "spectral" and num_blocks > 1:
@@ -174,6 +175,7 @@ class SMoALinear(nn.Module):
                 self.register_buffer(f"A_{k}", A_k, persistent=False)
                 self.register_buffer(f"B_{k}", B_k, persistent=False)
 
+        self.base_is_linear = _is_plain(base) or _is_linear_in_weight(base)
         self.base = base.requires_grad_(False)
         self.enabled = True  # False inside `disabled(model)`
         self._set_aside = None  # while merged: the K blocks of W0 that the merge replaced
@@ -188,6 +190,10 @@ class SMoALinear(nn.Module):
     def cols(self):
         """K index tensors; cols[k] (n_k,) are the input coordinates of block k."""
         return self.col_order.to(self.A[0].device).tensor_split(self.num_blocks)
+
+    @property
+    def scale(self):
+        return self.alpha / self.rank
 
     @property
     def A(self):
@@ -239,21 +245,26 @@ class SMoALinear(nn.Module):
     def forward(self, x):  # (..., n) -> (..., m)
         if self.merged or not self.enabled:
             return _no_gradient_past_merge(self, self.base(x))
-        if _is_bare(self.base) and not x.is_nested:
+        if _is_bare(self.base) and x.layout == torch.strided and not x.is_nested:
             return _lean_forward(self, x)  # the same numbers in less time and memory: last section
         return self.plain_forward(x)
 
     def plain_forward(self, x):  # (..., n) -> (..., m)
         """The formula: the base runs with W0 + delta_W for its weight, or beside x delta_W^T."""
-        if _one_matmul_will_do(self, x):
-            return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
-        return _add_within(self.base, x, self.update)
+        with _alone():
+            if _one_matmul_will_do(self, x):
+                return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
+            return _add_within(self.base, x, self.update)
 
     def update(self, x):  # (..., n) -> (..., m)
         """x delta_W^T, with dropout on x."""
         _check_at_hand(self, x)
         z = F.dropout(x, self.dropout, self.training)
-        return F.linear(z, self.delta_weight().to(_matmul_dtype(x)))
+        delta_W = self.delta_weight().to(_matmul_dtype(x))
+        if _is_plain(self.base) or "weight" not in self.base._parameters:
+            return F.linear(z, delta_W)
+        _check_linear_in_weight(self)
+        return _through_own_forward(self.base, z, self._turn(delta_W))
 
     @property
     def merged(self):
@@ -306,6 +317,10 @@ class SMoALinear(nn.Module):
             self.row_order = self.row_order.to(device)
             self.col_order = self.col_order.to(device)
         return self
+
+    def __getstate__(self):
+        """For a copy or a pickle: `disabled` is over this layer, and over no copy of it."""
+        return self.__dict__ | {"enabled": True}
 
     def extra_repr(self):
         names = ("rank", "num_blocks", "alpha", "dropout", "modulate")
@@ -396,6 +411,7 @@ def unload(model, *, merge=False):
     Returns:
         The plain model (another object only where the model itself is a SMoALinear).
     """
+    _check_not_compiled(model)
     layers = [layer for _, layer in adapters(model)]
     if merge:
         _check_mergeable(model)
@@ -408,7 +424,7 @@ def unload(model, *, merge=False):
     return model.base if isinstance(model, SMoALinear) else model
 
 
-_disabled = []  # the model of each `disabled` that is open
+_disabled = []  # (model, {layer: was it merged?}) of each `disabled` that is open
 
 
 @contextlib.contextmanager
@@ -418,26 +434,34 @@ def disabled(model):
     Merged layers are unmerged for the time. Layers that come in meanwhile are off as well.
     """
     _check_unmergeable(model)
-    before = {layer: (layer.enabled, layer.merged) for _, layer in adapters(model)}
-    _disabled.append(model)
+    merged = {layer: layer.merged for _, layer in adapters(model)}
+    here = model, merged
+    _disabled.append(here)
     try:
-        for layer in before:
+        for layer in merged:
             layer.unmerge()
             layer.enabled = False
         yield model
     finally:
-        _disabled.remove(model)
+        _disabled[:] = [other for other in _disabled if other is not here]
         for _, layer in adapters(model):
             layer.enabled = _starts_enabled(layer)
-        for layer, (enabled, _) in before.items():
-            layer.enabled = enabled
-        for _, layer in adapters(model):
-            if layer in before and before[layer][1]:
-                layer.merge()
+            if merged.get(layer):
+                _merge_once_enabled(layer)
+
+
+def _merge_once_enabled(layer):
+    """Merge now, or when the last `disabled` over the layer ends."""
+    if layer.enabled:
+        layer.merge()
+    for _, merged in _disabled:
+        if layer in merged:
+            merged[layer] = True
 
 
 def _starts_enabled(layer):
-    return not any(layer.base is module for model in _disabled for module in model.modules())
+    modules = [module for model, _ in _disabled for module in model.modules()]
+    return not any(layer.base is module for module in modules)
 
 
 def state_dict(model):
@@ -519,6 +543,8 @@ def _matches(model, targets):
         _check_pattern(targets)
         patterns = {targets: targets}
     else:
+        names = all(isinstance(target, str) for target in targets)
+        _require(names, f"targets must be names of modules, got {targets!r}", TypeError)
         patterns = {target: r"(.*\.)?" + re.escape(target) for target in targets}
     wanted = set()
     for target, pattern in patterns.items():
@@ -549,7 +575,8 @@ def _build(model, plan, options):
                 layers[name].enabled = _starts_enabled(layers[name])
     finally:  # a layer freezes its base, but the model may yet refuse it
         for p, value in requires_grad.items():
-            p.requires_grad_(value)
+            if p.requires_grad != value:
+                p.requires_grad_(value)
     return layers
 
 
@@ -575,6 +602,7 @@ def _install(model, layers):
 
 
 def _layer_state(layer):
+    _check_own_factors(layer)
     _check_has_values(layer)
     state = {}
     for k, r_k in enumerate(layer.branch_ranks):
@@ -651,6 +679,7 @@ def load(model, path, *, check_base=True):
             linear one, or does not fit the shapes or the base weights. The model is as before.
     """
     _check_not_sharded(model, "given an adapter")
+    _check_not_compiled(model)
     config, state = _read(path)
     if isinstance(model, SMoALinear):  # it hangs nowhere, where another could take its place
         _check_same_config(config, _config(model))
@@ -813,7 +842,7 @@ def _check_sizes(out_features, in_features, rank, num_blocks):
         out_features=out_features, in_features=in_features, rank=rank, num_blocks=num_blocks
     )
     for name, size in sizes.items():
-        whole = isinstance(size, int) and size >= 1
+        whole = isinstance(size, numbers.Integral) and size >= 1
         _require(whole, f"{name} must be a whole number of at least 1, got {size!r}")
     most = min(out_features, in_features)
     _require(
@@ -826,13 +855,13 @@ def _check_sizes(out_features, in_features, rank, num_blocks):
 def _checked_branch_ranks(branch_ranks, m, n, rank, num_blocks):
     even = [r_k for r_k, _, _ in _block_sizes(m, n, rank, num_blocks)]
     ranks = even if branch_ranks is None else list(branch_ranks)
-    whole = all(isinstance(r_k, int) and r_k >= 0 for r_k in ranks)
+    whole = all(isinstance(r_k, numbers.Integral) and r_k >= 0 for r_k in ranks)
     _require(
         whole and len(ranks) == num_blocks and sum(ranks) == rank,
         f"branch_ranks must be {num_blocks} whole numbers of at least 0 that sum to rank={rank}, "
         f"got {ranks}",
     )
-    return ranks
+    return [int(r_k) for r_k in ranks]
 
 
 def _checked_alpha(alpha):
@@ -852,7 +881,7 @@ def _checked_orders(order, m, n, device):
     if isinstance(order, str) and order in ("natural", "spectral"):  # "spectral": of one block
         order = (range(m), range(n))
     _require(
-        isinstance(order, (tuple, list)) and len(order) == 2,
+        isinstance(order, (tuple, list)) and len(order) == 2 and str not in map(type, order),
         f'order must be "spectral", "natural" or a pair of permutations, got {order}',
     )
     row_order = _checked_permutation(order[0], m, "the order of the rows")
@@ -863,7 +892,7 @@ def _checked_orders(order, m, n, device):
 def _checked_permutation(order, size, name):
     if not isinstance(order, torch.Tensor):
         order = torch.tensor(list(order), device="cpu")  # whatever the default device is
-    whole = not order.is_floating_point() and sorted(order.tolist()) == list(range(size))
+    whole = order.ndim == 1 and sorted(order.tolist()) == list(range(size))  # 3.0 is as good as 3
     _require(whole, f"{name} must be a permutation of 0..{size - 1}, got {order}")
     return order.long().clone()
 
@@ -901,7 +930,8 @@ def _check_weight(weight):
 
 def _is_conv1d(base):
     """GPT-2's Conv1D of Hugging Face: a linear layer that keeps its weight as (in, out)."""
-    return any(cls.__name__ == "Conv1D" for cls in type(base).__mro__)
+    named = any(cls.__name__ == "Conv1D" for cls in type(base).__mro__)
+    return named and not isinstance(base, nn.Linear)
 
 
 def _check_linear(base):
@@ -934,6 +964,19 @@ def _check_linear(base):
         f"{kind} is no linear layer: its bias has shape {bias_shape}, not ({m},)",
         TypeError,
     )
+
+
+@torch.no_grad()
+def _is_linear_in_weight(base):
+    """Whether W -> base(x) - base(x; 0) is linear in W for one x: gelu(x W^T), say, is not."""
+    W, n = base.weight, base.weight.shape[0 if _is_conv1d(base) else 1]
+    x = torch.linspace(-1, 1, n, dtype=W.dtype, device=W.device)[None]
+    try:
+        twice, back = (_through_own_forward(base, x, c * W) for c in (2, -1))
+        error = (twice + 2 * back).abs().max()
+        return bool(error <= 20 * torch.finfo(W.dtype).eps * n**0.5 * twice.abs().max())
+    except Exception:  # it wants another input, or gives no tensor: one cannot add to that
+        return False
 
 
 def _check_own_weight(base, error):
@@ -970,6 +1013,13 @@ def _check_found(found, target, modules):
 
 def _check_injectable(model, plan):
     """Refuse what would hold the old layer in a hand of its own, past the model's modules."""
+    _require(
+        not _is_fsdp(model),
+        "the model is sharded over processes (FSDP): adapt it first, then shard it",
+    )
+    for name, layer in adapters(model):
+        with _named_errors(name):
+            _check_own_factors(layer)
     lazy = any(nn.parameter.is_lazy(p) for p in model.parameters())
     _require(not lazy, "the model has lazy layers, of no shape yet: run it once first")
     _check_not_tied_by_name(model, plan)
@@ -991,6 +1041,17 @@ def _check_injectable(model, plan):
             inner not in names,
             f"{names.get(inner)}: another adapter ({type(parent).__name__}) wraps this layer and "
             "writes into its weight: take that adapter out first",
+        )
+
+
+def _check_not_compiled(model):
+    names = {layer: name for name, layer in adapters(model)}
+    for parent in model.modules():
+        layer = getattr(parent, "_orig_mod", None)
+        _require(
+            layer not in names,
+            f"{names.get(layer)}: this adapted layer is compiled by itself, and what is compiled "
+            "would keep its adapter: compile the model, or call layer.compile(), which can follow",
         )
 
 
@@ -1098,10 +1159,8 @@ def _check_not_sharded(model, done):
             _check_is_tensor(layer)
     tensors = [t for _, layer in adapters(model) for t in (layer.base.weight, *layer.A, *layer.B)]
     sharded = any(_is_sharded(tensor) or tensor.ndim != 2 for tensor in tensors)
-    for module in model.modules():
-        sharded |= any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
     _require(
-        not sharded,
+        not (sharded or _is_fsdp(model)),
         f"a model that is sharded over processes (FSDP) cannot be {done}: do that to the plain "
         "model, then shard it (smoa.save writes a sharded model's adapter)",
     )
@@ -1109,6 +1168,22 @@ def _check_not_sharded(model, done):
 
 def _is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
+
+
+def _is_fsdp(model):
+    """Whether FSDP, the first or the second, has a part of the model; told by names of classes."""
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    return not classes.isdisjoint({"FSDPModule", "FullyShardedDataParallel"})
+
+
+def _check_own_factors(layer):
+    own = {*layer._parameters, *layer._buffers}
+    for k in range(layer.num_blocks):
+        _require(
+            {f"A_{k}", f"B_{k}"} <= own,
+            f"the factors A_{k}, B_{k} are computed, by a parametrization or a pruning: remove "
+            "that first",
+        )
 
 
 def _check_not_merged(layer):
@@ -1147,12 +1222,29 @@ def _check_has_values(layer):
         )
 
 
+def _check_linear_in_weight(layer):
+    _require(
+        layer.base_is_linear,
+        f"{type(layer.base).__name__} has a forward of its own that is not linear in its weight, "
+        "so the update must be a part of the weight; but in half precision, under autocast or "
+        "TF32, and with dropout, the two are computed apart: use float32 without dropout, or "
+        "leave this layer out",
+        RuntimeError,
+    )
+
+
 def _check_at_hand(layer, x):
     """Offloading and sharding bring weights back within a module's own call, and only there."""
     _check_is_tensor(layer)
     weight = layer.base.weight
     shape = (layer.out_features, layer.in_features)
     gone = weight.is_meta and not x.is_meta
+    _require(
+        not _is_sharded(weight),
+        "the base weight is split over processes (a DTensor, as of tensor parallelism), where "
+        "blocks of it cannot be had",
+        RuntimeError,
+    )
     _require(
         not gone and tuple(layer._turn(weight).shape) == shape,
         f"the base weight is not at hand: it is {tuple(weight.shape)} on {weight.device}, as "
@@ -1174,7 +1266,13 @@ def _check_state(layers, own, state, check_base):
         f"unexpected {sorted(state.keys() - wanted.keys()) or 'none'}",
     )
     for key, tensor in wanted.items():
-        shape, own_shape = tuple(state[key].shape), tuple(tensor.shape)
+        new = state[key]
+        _require(
+            new.layout == torch.strided and not new.is_meta and not new.is_complex(),
+            f"{key}: a dense real tensor with values is wanted, got {new.layout}, {new.dtype} on "
+            f"{new.device}",
+        )
+        shape, own_shape = tuple(new.shape), tuple(tensor.shape)
         _require(shape == own_shape, f"{key}: the adapter has shape {shape}, the model {own_shape}")
     for name, layer in layers.items():
         m, n = layer.out_features, layer.in_features
@@ -1279,12 +1377,45 @@ def _no_autocast(device):
     return contextlib.nullcontext()
 
 
+def _is_plain(base):
+    """Whether a base's class computes x W^T + bias, so far as we know it."""
+    conv1d = _is_conv1d(base) and type(base).__name__ == "Conv1D"
+    return type(base).forward is nn.Linear.forward or conv1d
+
+
+def _through_own_forward(base, x, W):
+    """What a base's own forward makes of x and W, less what it makes of x alone, as a bias."""
+    outputs = [_with_weight(base, weight, x) for weight in (W, torch.zeros_like(W))]
+    return outputs[0] - outputs[1]
+
+
+def _with_weight(base, W, x):
+    """The base's forward with another weight, past all hooks; the base is not touched."""
+    twin = object.__new__(type(base))
+    twin.__dict__.update(base.__dict__)
+    twin._parameters = {**base._parameters, "weight": W}
+    return type(base).forward(twin, x)
+
+
+def _has_hooks(base):
+    forward = base._forward_pre_hooks or base._forward_hooks
+    return bool(forward or base._backward_pre_hooks or base._backward_hooks)
+
+
+_ONE_THREAD = threading.RLock()
+
+
+def _alone():
+    """A context for one thread at a time: what changes the base for a call is seen by all."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _ONE_THREAD
+
+
 def _add_within(base, x, update):
     """base(x) + update(x), added between the base's hooks, where there are any.
 
     What they bring (an offloaded weight) is then there, and what they do is done to the sum.
     """
-    if not (base._forward_pre_hooks or base._forward_hooks):
+    if not _has_hooks(base):
         return base(x) + update(x)
     handle = base.register_forward_hook(lambda _, args, y: y + update(*args), prepend=True)
     try:
@@ -1335,12 +1466,9 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 
 def _is_bare(base):
     """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
-    linear = type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D"
-    if not linear or "forward" in vars(base):
+    if not _is_plain(base) or "forward" in vars(base):
         return False
-    if base._forward_pre_hooks or base._forward_hooks:
-        return False
-    if base._backward_pre_hooks or base._backward_hooks:
+    if _has_hooks(base):
         return False
     return not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
 
@@ -1365,7 +1493,7 @@ def _product(layer, x, add_W0):  # (..., n) -> (..., m)
     """x (W0 + delta_W)^T + bias, or x delta_W^T alone."""
     function = _Product if torch.compiler.is_compiling() else _ProductWithTangents
     y = function.apply(  # (T, n) -> (T, m)
-        x.reshape(-1, layer.in_features),
+        x.reshape(-1, x.shape[-1]),
         layer.original_weight(),
         layer.bias if add_W0 else None,
         layer.row_order.to(x.device),

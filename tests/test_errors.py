@@ -58,8 +58,11 @@ BAD_OPTIONS = {
     "an order in two dimensions": (
         {"order": (torch.arange(5)[None], range(8))}, "[[0, 1, 2, 3, 4]]", TO_FOUR
     ),
-    "an order of floats": (
-        {"order": (torch.arange(5.0), range(8))}, "[0., 1., 2., 3., 4.]", TO_FOUR
+    "an order of fractions": (
+        {"order": (torch.arange(5) + 0.5, range(8))}, "[0.5000, 1.5000", TO_FOUR
+    ),
+    "an order for each side by name": (
+        {"order": ("natural", "spectral")}, "('natural', 'spectral')", "a pair of permutations"
     ),
 }
 # fmt: on
@@ -526,3 +529,9 @@ def test_an_input_of_another_dtype_is_refused_as_the_base_refuses_it(way, layer_
         layer.base(x)
     with pytest.raises(RuntimeError, match="dtype"):
         fill(layer)(x)
+
+
+def test_a_target_that_is_no_name_is_refused():
+    model = Net()
+    with refused(TypeError, "[0]", "names of modules", model=model):
+        smoa.inject(model, [0], rank=4)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -646,6 +647,115 @@ def test_an_unload_inside_disabled_leaves_the_plain_base():
 
 
 # --------------------------------------------------------------------------------------------------
+# Bases with a forward, or with hooks, of their own
+
+
+class Scaled(nn.Linear):
+    """As muP's readout has it."""
+
+    def forward(self, x):
+        return super().forward(x / 4)
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return F.gelu(super().forward(x))
+
+
+class Conv1DByNameAlone(nn.Linear):
+    """A pointwise convolution, with its weight as nn.Linear keeps it."""
+
+
+Conv1DByNameAlone.__name__ = "Conv1D"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-20])  # which drops nothing, but asks for two products
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_forward_of_its_own_computes_the_same_merged_and_unmerged(way, dtype, dropout):
+    layer = fill(smoa.SMoALinear(Scaled(8, 6).to(dtype), rank=4, dropout=dropout))
+    x = input_of(layer, 5, seed=1)
+    y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        autocast = layer(x)
+    layer.merge()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y, layer(x), rtol=8 * eps, atol=8 * eps)
+    torch.testing.assert_close(autocast, layer(x), rtol=8 * eps, atol=8 * eps)
+
+
+def test_a_forward_that_is_not_linear_in_its_weight_is_right_as_one_product_or_refused(way):
+    layer = fill(smoa.SMoALinear(Activated(8, 6), rank=4))
+    x = input_of(layer, 5, seed=1)
+    torch.testing.assert_close(layer(x), F.gelu(F.linear(x, layer.weight, layer.bias)))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="not linear"):
+        layer(x)
+    dropping = fill(smoa.SMoALinear(Activated(8, 6), rank=4, dropout=0.5))
+    with pytest.raises(RuntimeError, match="Activated has a forward of its own"):
+        dropping(x)
+
+
+def test_a_linear_layer_by_the_name_of_conv1d_keeps_its_orientation(way):
+    base = Conv1DByNameAlone(8, 8)
+    x = normal(3, 8, seed=1, dtype=torch.float32)
+    layer = smoa.SMoALinear(base, rank=4)
+    assert torch.equal(layer(x), F.linear(x, base.weight, base.bias))
+
+
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "autocast", "dropout"])
+def test_a_backward_hook_of_the_base_acts_on_the_whole_sum(way, how):
+    base = nn.Linear(8, 6)
+    layer = fill(smoa.SMoALinear(base, rank=4, dropout=0.5 if how == "dropout" else 0.0))
+    layer.base.register_full_backward_pre_hook(lambda module, gradients: (gradients[0] * 0,))
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    layer.base.to(dtype)
+    x = torch.randn(5, 8, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y = layer(x)
+    y.sum().backward()
+    assert all(p.grad.count_nonzero() == 0 for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("make", [Scaled, nn.Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_that_share_a_model_do_not_disturb_each_other(make, dtype):
+    torch.manual_seed(0)
+    layer = fill(smoa.SMoALinear(make(64, 64).to(dtype), rank=4)).eval()
+    layer.base.register_forward_hook(lambda module, args, output: None)
+    before = bits(layer.base.weight)
+    inputs = [input_of(layer, 64, seed=seed) for seed in range(100)]
+    expected = [layer(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(layer, inputs))
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected))
+    assert bits(layer.base.weight) == before and len(layer.base._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 2, 4), (0, 4)])
+def test_an_input_of_another_width_is_refused_as_by_the_base(way, shape):
+    layer = fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4))
+    with pytest.raises(RuntimeError, match="mat1 and mat2|size"):
+        layer(torch.randn(shape))
+
+
+def test_a_sparse_input_is_taken_as_by_the_base(way):
+    layer = fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(layer(x.to_sparse()), layer(x))
+
+
+@pytest.mark.parametrize("verb", ["unload", "load"])
+def test_an_adapted_layer_that_is_compiled_by_itself_is_not_taken_out(verb, tmp_path):
+    model = adapted()
+    smoa.save(model, tmp_path / "file")
+    before = model(X)
+    model.first = torch.compile(model.first, backend="eager")
+    verbs = {"unload": smoa.unload, "load": lambda model: smoa.load(model, tmp_path / "file")}
+    with pytest.raises(ValueError, match="first: this adapted layer is compiled by itself"):
+        verbs[verb](model)
+    torch.testing.assert_close(model(X), before)
+
+
+# --------------------------------------------------------------------------------------------------
 # torch.func, torch.export, nested tensors: as transparent as the base
 
 
@@ -1070,6 +1180,13 @@ SHARDED = """
         root = fully_shard(make(**layer_options), mesh=mesh)
         with torch.no_grad():
             root(x)  # leaves the weights of the outermost module whole, for a while
+        whole = fully_shard(net(), mesh=mesh)
+        whole(x)
+        try:
+            smoa.inject(whole, ["0"], rank=3)
+            raise SystemExit("adapted what is sharded")
+        except ValueError as error:
+            assert "adapt it first" in str(error), error
         state = smoa.state_dict(alone)
         for verb in (smoa.merge, lambda model: smoa.load_state_dict(model, state)):
             try:
@@ -1109,6 +1226,13 @@ FLAT_SHARDS = """
             raise SystemExit("used the shards as if they were weights")
         except ValueError as error:
             assert "shard" in str(error), error
+    other = FSDP(net(), use_orig_params=True, device_id=torch.device("cpu"))
+    with FSDP.summon_full_params(other):
+        try:
+            smoa.inject(other, ["0"], rank=3)
+            raise SystemExit("adapted what is sharded")
+        except ValueError as error:
+            assert "adapt it first" in str(error), error
     with FSDP.summon_full_params(model):
         smoa.save(model, file)
     plain = net()

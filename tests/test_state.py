@@ -11,6 +11,7 @@ import stat
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -1026,3 +1027,107 @@ def test_a_model_without_values_is_refused_by_name(verb, file):
     }
     with pytest.raises(ValueError, match="^first: .*meta device"):
         calls[verb]()
+
+
+# --------------------------------------------------------------------------------------------------
+# What is open, copied or changed in between
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_contexts_of_disabled_may_end_in_any_order(merged):
+    model = adapted()
+    if merged:
+        smoa.merge(model)
+    with smoa.disabled(model):
+        off = model(X)
+    first, second = smoa.disabled(model), smoa.disabled(model)
+    before = model(X)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(X), off)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(X), before)
+    assert all(layer.merged == merged for _, layer in smoa.adapters(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_made_inside_disabled_is_on(duplicate):
+    model = adapted()
+    expected = model(X)
+    with smoa.disabled(model):
+        twin = duplicate(model)
+        assert not torch.equal(model(X), expected)
+    assert torch.equal(twin(X), expected)
+
+
+def test_a_new_alpha_acts_and_is_saved(file):
+    model, fresh = adapted(), Net()
+    model.first.alpha *= 2
+    assert model.first.scale == 2 * model.second.scale
+    smoa.save(model, file)
+    smoa.load(fresh, file)
+    assert torch.equal(fresh(X), model(X))
+    with pytest.raises(AttributeError):
+        model.first.scale = 3.0
+
+
+def weight_normed(model):
+    nn.utils.parametrizations.weight_norm(model.first, "B_0")
+
+
+def pruned(model):
+    nn.utils.prune.l1_unstructured(model.first, "B_0", 0.5)
+
+
+@pytest.mark.parametrize("compute", [weight_normed, pruned])
+def test_factors_that_are_computed_are_refused_by_name(compute):
+    model = adapted(targets=["first"])
+    state = smoa.state_dict(model)
+    compute(model)
+    verbs = [
+        lambda: smoa.load_state_dict(model, state),
+        lambda: smoa.state_dict(model),
+        lambda: smoa.inject(model, ["second"], rank=4),
+    ]
+    for verb in verbs:
+        with pytest.raises(ValueError, match="first: the factors A_0, B_0 are computed"):
+            verb()
+
+
+@pytest.mark.parametrize("cannot", [lambda t: t.to("meta"), torch.Tensor.to_sparse])
+def test_a_factor_without_dense_values_is_refused_before_any_is_copied(cannot):
+    model = adapted()
+    before = model(X)
+    state = {key: tensor.detach() * 1 for key, tensor in smoa.state_dict(model).items()}
+    for key in state:
+        if "A_" in key:
+            state[key] = 2 * state[key]
+    state["second.B_1"] = cannot(state["second.B_1"])
+    with pytest.raises(ValueError, match="second.B_1: a dense real tensor"):
+        smoa.load_state_dict(model, state)
+    assert torch.equal(model(X), before)
+
+
+def test_a_load_in_inference_mode_can_be_followed_by_another(file):
+    model, fresh = adapted(), Net()
+    smoa.save(model, file)
+    with torch.inference_mode():
+        smoa.load(fresh, file)
+    smoa.load(fresh, file)
+    torch.testing.assert_close(fresh(X), model(X))
+
+
+def test_whole_numbers_of_numpy_are_taken_and_saved(file):
+    model, fresh = Net(), Net()
+    smoa.inject(model, ["first"], rank=np.int64(4), num_blocks=np.int32(2))
+    smoa.save(model, file)
+    smoa.load(fresh, file)
+    assert (fresh.first.rank, fresh.first.num_blocks) == (4, 2)
+
+
+def test_an_order_that_was_cast_to_float_is_still_that_order():
+    model, fresh = adapted(), adapted(fill_seed=1)
+    state = {key: tensor.double() for key, tensor in smoa.state_dict(model).items()}
+    smoa.load_state_dict(fresh, state)
+    assert torch.equal(fresh(X), model(X))
