@@ -260,11 +260,7 @@ class SMoALinear(nn.Module):
         """x delta_W^T, with dropout on x."""
         _check_at_hand(self, x)
         z = F.dropout(x, self.dropout, self.training)
-        delta_W = self.delta_weight().to(_matmul_dtype(x))
-        if _is_plain(self.base) or "weight" not in self.base._parameters:
-            return F.linear(z, delta_W)
-        _check_linear_in_weight(self)
-        return _through_own_forward(self.base, z, self._turn(delta_W))
+        return _linear(self, z, self.delta_weight().to(_matmul_dtype(x)))
 
     @property
     def merged(self):
@@ -1381,6 +1377,14 @@ def _is_plain(base):
     """Whether a base's class computes x W^T + bias, so far as we know it."""
     conv1d = _is_conv1d(base) and type(base).__name__ == "Conv1D"
     return type(base).forward is nn.Linear.forward or conv1d
+
+
+def _linear(layer, x, W):
+    """x W^T, or what the base's own forward makes of that."""
+    if _is_plain(layer.base) or "weight" not in layer.base._parameters:
+        return F.linear(x, W)
+    _check_linear_in_weight(layer)
+    return _through_own_forward(layer.base, x, layer._turn(W))
 
 
 def _through_own_forward(base, x, W):
