@@ -1643,7 +1643,7 @@ def _matmul(X, Y):
 
 def _put_together(batches, pieces):
     """The columns of K blocks, (G, T, m_k) a batch, each in its place in (T, m)."""
-    y = torch.cat([batch.transpose(0, 1).flatten(1) for batch in batches], -1)
+    y = torch.cat([batch.transpose(0, 1).reshape(batch.shape[1], -1) for batch in batches], -1)
     return _columns(y, torch.cat(pieces).argsort()[None])[0]
 
 
@@ -1657,5 +1657,5 @@ def _columns(x, index):
 
 def _submatrices(W, rows, cols):
     """W[rows_k][:, cols_k], (G, m_k, n_k), in a third of the time."""
-    lines = W.index_select(0, rows.flatten()).view(*rows.shape, -1)  # (G, m_k, n)
+    lines = W.index_select(0, rows.reshape(-1)).view(*rows.shape, -1)  # (G, m_k, n)
     return lines.gather(2, cols[:, None].expand(-1, rows.shape[1], -1))

@@ -821,6 +821,15 @@ def test_forward_mode_agrees_with_reverse_mode(way, make):
 
 
 @each_layer
+def test_a_jacobian_in_one_batch_of_tangents_is_the_one_row_by_row(way, make):
+    layer = make()
+    x = input_of(layer, 2, seed=1)
+    jacobian = torch.autograd.functional.jacobian
+    batched = jacobian(layer, x, vectorize=True, strategy="forward-mode")
+    assert_close_in_its_dtype(batched, jacobian(layer, x))
+
+
+@each_layer
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
 def test_a_linearized_layer_moves_as_forward_mode_says(way, make):
     layer = make()
