@@ -362,6 +362,9 @@ CLAIMS = {
     "another number of blocks beats four": [
         (f"smoa {r} K={blocks}", f"smoa {r} K=4") for r in RANKS for blocks in (2, 8)
     ],
+    "the anchor helps because it is W0 (anchors.jsonl)": [
+        (f"hira {rank}", f"hira {rank} {kind}") for rank in (1, 4) for kind in ("permuted", "noise")
+    ],
     "SMoA gains from what is not in the paper": [
         ("smoa 1 K=4 A ones", "smoa 1 K=4"),
         ("smoa 4 K=16", "smoa 4 K=4"),
@@ -402,6 +405,8 @@ def verdicts(records):
     for claim, pairs in CLAIMS.items():
         for ours, theirs in pairs:
             a, b = chosen.get(ours, {}), chosen.get(theirs, {})
+            if not (a or b):
+                continue  # of another record
             found = interval([a[seed]["folio"] - b[seed]["folio"] for seed in a.keys() & b.keys()])
             mean, half = found or (math.nan, math.nan)
             if found is None:
