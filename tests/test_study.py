@@ -176,3 +176,48 @@ def test_what_the_study_cannot_do_is_one_line_of_error(arguments, message, capsy
         study.main(arguments.split())
     errors = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and message in errors and "\n" not in errors
+
+
+# --------------------------------------------------------------------------------------------------
+# The README's numbers are the record's
+
+RECORDS = study.read_records(study.HERE / "study.jsonl")
+CHOSEN = study.at_best_rate(RECORDS)
+START = RECORDS[0]["base"]["folio"]
+README = " ".join((study.HERE.parent / "README.md").read_text(encoding="utf-8").split())
+
+
+def mean_loss(arm):
+    return statistics.fmean(run["folio"] for run in CHOSEN[arm].values())
+
+
+def share(ours, theirs):
+    """(share of LoRA's gain, half width of its interval), in percent."""
+    gain = START - mean_loss(theirs)
+    a, b = CHOSEN[ours], CHOSEN[theirs]
+    mean, half = study.interval([a[seed]["folio"] - b[seed]["folio"] for seed in a.keys() & b])
+    return 100 * (1 - mean / gain), 100 * half / gain
+
+
+@pytest.mark.parametrize("rank", study.RANKS)
+def test_the_readmes_table_is_the_record(rank):
+    row = f"| {mean_loss(f'lora {rank}'):.4f} |"
+    for arm in ("hira {}", "melora {} K=4", "smoa {} K=2", "smoa {} K=4"):
+        arm = arm.format(rank)
+        row += f" {mean_loss(arm):.4f}, {share(arm, f'lora {rank}')[0]:.1f} % |"
+    assert f"({rank}) {row}" in README
+
+
+def test_the_readmes_verdicts_are_the_record():
+    ranges = []
+    for K in (2, 4, 8):
+        found = [share(f"smoa {rank} K={K}", f"lora {rank}")[0] for rank in study.RANKS]
+        ranges.append(f"{min(found):.0f} to {max(found):.0f} %")
+    two, four, eight = ranges
+    assert f"K = 2 has {two} of LoRA's gain, K = 4 {four}, K = 8 {eight}." in README
+    assert f"K = 4 has {share('smoa 4 long', 'lora 4 long')[0]:.1f} %" in README
+    assert (
+        "of text {:.0f} ± {:.0f} % (LoRA's r = 1)".format(*share("smoa 1 low", "lora 1 low"))
+        in README
+    )
+    assert "and {:.1f} ± {:.1f} % (r = 4)".format(*share("smoa 4 low", "lora 4 low")) in README
