@@ -214,7 +214,7 @@ class SMoALinear(nn.Module):
         A_k, B_k = self.A[k], self.B[k]
         with _no_autocast(A_k.device):
             product = self.scale * (B_k @ A_k)  # (m_k, r_k) @ (r_k, n_k) -> (m_k, n_k)
-        return product * self.anchor(k) if self.modulate else product
+        return product * self.anchor(k).to(product.dtype) if self.modulate else product
 
     def delta_weight(self):
         """delta_W (m, n): the deltas in their blocks, 0 elsewhere. Differentiable in A and B."""
@@ -1547,7 +1547,7 @@ class _Product(torch.autograd.Function):
                 W = _summed_weight(W0, scale, rows, cols, A, B)
                 dx = g @ W.to(g.dtype)  # (T, m) @ (m, n)
             for rows_k, cols_k, A_k, B_k in _batches(rows, cols, A, B):
-                M_k = _submatrices(W0, rows_k, cols_k)
+                M_k = _submatrices(W0, rows_k, cols_k).to(A_k.dtype)
                 g_k = _columns(g, rows_k)  # (G, T, m_k)
                 x_k = _columns(x, cols_k).to(g.dtype)  # (G, T, n_k)
                 G_k = _matmul(g_k.mT, x_k).to(A_k.dtype) * M_k  # (G, m_k, T) @ (G, T, n_k)
@@ -1596,7 +1596,7 @@ def _stacked(rows, cols, A, B):
 
 def _summed_weight(W0, scale, rows, cols, A, B):
     """W0 + delta_W = W0 * (1 + scale B A), (m, n), by one product of the stacked pairs."""
-    A, B = _stacked(rows, cols, A, B)
+    A, B = (factors.to(W0.dtype) for factors in _stacked(rows, cols, A, B))
     with _no_autocast(W0.device):
         one = W0.new_ones(())
         if W0.is_contiguous():

@@ -743,6 +743,23 @@ def test_a_sparse_input_is_taken_as_by_the_base(way):
     torch.testing.assert_close(layer(x.to_sparse()), layer(x))
 
 
+@pytest.mark.parametrize("of_base, of_factors", [("float64", "float32"), ("float32", "bfloat16")])
+def test_factors_in_another_dtype_than_the_base_compute_and_learn(way, of_base, of_factors):
+    layer = fill(smoa.SMoALinear(nn.Linear(8, 6), rank=4))
+    layer.base.to(getattr(torch, of_base))
+    for p in [*layer.A, *layer.B]:
+        p.data = p.data.to(getattr(torch, of_factors))
+    x = input_of(layer, 5, seed=1).to(layer.base.weight.dtype)
+    wanted = [*layer.A, *layer.B]
+    grads = torch.autograd.grad(layer(x).square().sum(), wanted)
+    expected = F.linear(x, layer.original_weight() + layer.delta_weight(), layer.bias)
+    eps = torch.finfo(getattr(torch, of_factors)).eps
+    torch.testing.assert_close(layer(x), expected, rtol=8 * eps, atol=8 * eps)
+    for grad, other in zip(grads, torch.autograd.grad(expected.square().sum(), wanted)):
+        assert grad.dtype == other.dtype
+        assert (grad - other).norm() <= 8 * eps * other.norm()
+
+
 @pytest.mark.parametrize("verb", ["unload", "load"])
 def test_an_adapted_layer_that_is_compiled_by_itself_is_not_taken_out(verb, tmp_path):
     model = adapted()
