@@ -95,7 +95,7 @@ def test_a_complete_record_has_the_best_rate_inside_and_its_seeds():
         rungs = {r["rung"] for r in records if r["arm"] == arm and r["seed"] == 0}
         assert study_lm.best_rung(arm, records) == best[arm]
         assert min(rungs) < best[arm] < max(rungs)
-        seeds = 5 if arm in study_lm.HEADLINE else 3
+        seeds = 5 if arm in (*study_lm.HEADLINE, *study_lm.FIVE_SEEDS) else 3
         assert set(study_lm.at_best_rate(arm, records)) == set(range(seeds))
     assert not any(study_lm.missing(records).values())
     shared = completed((1, 2), best) + completed((2, 2), best)
@@ -338,6 +338,32 @@ def test_p_is_below_a_twentieth_where_the_interval_misses_zero(shift):
     center, half = study_lm.interval(differences)
     _, error, freedom = study_lm.estimate(differences)
     assert (study_lm.chance(center / error, freedom) < 0.05) == (abs(center) > half)
+
+
+README_SHARES = [  # (an arm, the LoRA whose gain it has a share of)
+    ("smoa 1 K=2", "lora 1"),
+    ("smoa 1 K=4", "lora 1"),
+    ("melora 1 K=4", "lora 1"),
+    ("hira 1", "lora 1"),
+    ("smoa r=8 K=2", "lora 4"),
+    ("smoa r=8 K=2 natural", "lora 4"),
+    ("hira 4", "lora 4"),
+    ("smoa r=8 K=2", "lora 8"),
+    ("smoa 1 K=2 long", "lora 1 long"),
+    ("smoa r=1 K=2", "lora 1 on half"),
+    ("melora r=1 K=2", "lora 1 on half"),
+    ("smoa 1 K=2 japanese", "lora 1 japanese"),
+    ("smoa r=8 K=2 japanese", "lora 4 japanese"),
+    ("hira 1 japanese", "lora 1 japanese"),
+]
+
+
+@pytest.mark.parametrize("ours, theirs", README_SHARES)
+def test_the_readme_has_the_shares_of_the_record(ours, theirs):
+    readme = " ".join((NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8").split())
+    records = study_lm.read_records(study_lm.RECORD)
+    share, half = study_lm.share_of_gain(ours, theirs, records)
+    assert f"{100 * share:.1f} ± {100 * half:.1f} %" in readme
 
 
 def test_summary_of_the_record_names_every_comparison(capsys):
