@@ -1470,9 +1470,7 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 
 def _is_bare(base):
     """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
-    if not _is_plain(base) or "forward" in vars(base):
-        return False
-    if _has_hooks(base):
+    if not _is_plain(base) or "forward" in vars(base) or _has_hooks(base):
         return False
     return not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
 
@@ -1554,8 +1552,7 @@ class _Product(torch.autograd.Function):
                 dA.extend((scale * (B_k.mT @ G_k)).unbind())
                 dB.extend((scale * (G_k @ A_k.mT)).unbind())
                 if ctx.needs_input_grad[0] and not ctx.add_W0:
-                    D_k = scale * (B_k @ A_k) * M_k
-                    D_k = D_k.to(g.dtype)
+                    D_k = (scale * (B_k @ A_k) * M_k).to(g.dtype)
                     dx_blocks.append(_matmul(g_k, D_k))  # (G, T, m_k) @ (G, m_k, n_k)
             if dx_blocks:
                 dx = _put_together(dx_blocks, cols)
@@ -1643,8 +1640,11 @@ def _matmul(X, Y):
 
 def _put_together(batches, pieces):
     """The columns of K blocks, (G, T, m_k) a batch, each in its place in (T, m)."""
-    y = torch.cat([batch.transpose(0, 1).reshape(batch.shape[1], -1) for batch in batches], -1)
-    return _columns(y, torch.cat(pieces).argsort()[None])[0]
+    y = []
+    for batch in batches:
+        G, T, m_k = batch.shape
+        y.append(batch.transpose(0, 1).reshape(T, G * m_k))
+    return _columns(torch.cat(y, -1), torch.cat(pieces).argsort()[None])[0]
 
 
 def _columns(x, index):
