@@ -631,8 +631,7 @@ def verdict(ours, theirs, records):
     lucky = [arm for arm in pair if luckiest_rung(arm, records) != best_rung(arm, records)]
     if lucky:
         difference, half, _ = compare(ours, theirs, records, choose=luckiest_rung)
-        said += f"; {difference:+.4f} +- {half:.4f} with {' and '.join(lucky)} at the rate that is "
-        said += "best on the held-out text itself, of those with three seeds"
+        said += f"; {difference:+.4f} +- {half:.4f} with {' and '.join(lucky)} at its luckiest rate"
     return said
 
 
@@ -673,6 +672,7 @@ def summarize(records, say=print):
     for (ours, theirs), p in corrected.items():
         if p < 0.1:
             say(f"  {ours} - {theirs}: {p:.3f}")
+    say("\nA luckiest rate is best on the held-out text itself, of those with three seeds.")
     lacking = {arm: count for arm, count in missing(records).items() if count}
     runs = [record for record in records if record["arm"] in ARMS]
     say(f"\n{len(runs)} runs on record; at least {sum(lacking.values())} are missing:")
