@@ -407,7 +407,7 @@ def unload(model, *, merge=False):
     Returns:
         The plain model (another object only where the model itself is a SMoALinear).
     """
-    _check_not_compiled(model)
+    _check_removable(model)
     layers = [layer for _, layer in adapters(model)]
     if merge:
         _check_mergeable(model)
@@ -439,7 +439,7 @@ def disabled(model):
             layer.enabled = False
         yield model
     finally:
-        _disabled[:] = [other for other in _disabled if other is not here]
+        _disabled[:] = [other for other in _disabled if other is not here]  # an equal one may stay
         for _, layer in adapters(model):
             layer.enabled = _starts_enabled(layer)
             if merged.get(layer):
@@ -675,7 +675,7 @@ def load(model, path, *, check_base=True):
             linear one, or does not fit the shapes or the base weights. The model is as before.
     """
     _check_not_sharded(model, "given an adapter")
-    _check_not_compiled(model)
+    _check_removable(model)
     config, state = _read(path)
     if isinstance(model, SMoALinear):  # it hangs nowhere, where another could take its place
         _check_same_config(config, _config(model))
@@ -1021,16 +1021,16 @@ def _check_injectable(model, plan):
     _check_not_tied_by_name(model, plan)
     _require(len(set(plan.values())) == len(plan), f"of {list(plan)}, some are one module")
     names = {module: name for name, module in plan.items()}
+    _check_not_compiled(
+        model,
+        names,
+        "this layer is compiled by itself, and what is compiled would not see the adapter: adapt "
+        "first, then torch.compile",
+    )
     for parent in model.modules():
         _require(
             not isinstance(parent, nn.parallel.DistributedDataParallel),
             "adapt the model before DistributedDataParallel wraps it",
-        )
-        compiled = getattr(parent, "_orig_mod", None)
-        _require(
-            compiled not in names,
-            f"{names.get(compiled)}: this layer is compiled by itself, and what is compiled would "
-            "not see the adapter: adapt first, then torch.compile",
         )
         inner = getattr(parent, "base_layer", None)
         _require(
@@ -1040,15 +1040,20 @@ def _check_injectable(model, plan):
         )
 
 
-def _check_not_compiled(model):
-    names = {layer: name for name, layer in adapters(model)}
+def _check_not_compiled(model, names, message):
+    """Refuse modules, {module: name}, that torch.compile has wrapped one by one."""
     for parent in model.modules():
-        layer = getattr(parent, "_orig_mod", None)
-        _require(
-            layer not in names,
-            f"{names.get(layer)}: this adapted layer is compiled by itself, and what is compiled "
-            "would keep its adapter: compile the model, or call layer.compile(), which can follow",
-        )
+        inner = getattr(parent, "_orig_mod", None)
+        _require(inner not in names, f"{names.get(inner)}: {message}")
+
+
+def _check_removable(model):
+    _check_not_compiled(
+        model,
+        {layer: name for name, layer in adapters(model)},
+        "this adapted layer is compiled by itself, and what is compiled would keep its adapter: "
+        "compile the model, or call layer.compile(), which can follow",
+    )
 
 
 def _check_parent(model, layer):
@@ -1375,8 +1380,9 @@ def _no_autocast(device):
 
 def _is_plain(base):
     """Whether a base's class computes x W^T + bias, so far as we know it."""
-    conv1d = _is_conv1d(base) and type(base).__name__ == "Conv1D"
-    return type(base).forward is nn.Linear.forward or conv1d
+    if type(base).forward is nn.Linear.forward:
+        return True
+    return _is_conv1d(base) and type(base).__name__ == "Conv1D"
 
 
 def _linear(layer, x, W):
