@@ -399,6 +399,15 @@ def at_best_rate(records):
     return chosen
 
 
+def share_of_gain(ours, theirs, chosen):
+    """(share of theirs' gain over the base, half width of its interval); of `at_best_rate`."""
+    a, b = chosen[ours], chosen[theirs]
+    gain = b[0]["base"]["folio"] - statistics.fmean(run["folio"] for run in b.values())
+    seeds = sorted(a.keys() & b.keys())
+    difference, half = interval([a[seed]["folio"] - b[seed]["folio"] for seed in seeds])
+    return 1 - difference / gain, half / gain
+
+
 def verdicts(records):
     """(claim, ours, theirs, mean difference, half width of its interval, verdict) of each pair."""
     chosen = at_best_rate(records)
@@ -425,9 +434,8 @@ def summarize(path):
     records = read_records(path)
     if not records:
         stop(f"there is no record at {path}")
-    say(
-        f"{'arm':28}{'trainable':>10}{'rank':>7}{'rate':>9}{'seeds':>6}  Folio loss ± error  modern"
-    )
+    head = f"{'arm':28}{'trainable':>10}{'rank':>7}{'rate':>9}{'seeds':>6}"
+    say(f"{head}  Folio loss ± error  modern")
     for name, runs in at_best_rate(records).items():
         folio = [run["folio"] for run in runs.values()]
         modern = statistics.mean(run["modern"] for run in runs.values())

@@ -181,9 +181,7 @@ def test_what_the_study_cannot_do_is_one_line_of_error(arguments, message, capsy
 # --------------------------------------------------------------------------------------------------
 # The README's numbers are the record's
 
-RECORDS = study.read_records(study.HERE / "study.jsonl")
-CHOSEN = study.at_best_rate(RECORDS)
-START = RECORDS[0]["base"]["folio"]
+CHOSEN = study.at_best_rate(study.read_records(study.HERE / "study.jsonl"))
 README = " ".join((study.HERE.parent / "README.md").read_text(encoding="utf-8").split())
 
 
@@ -193,10 +191,7 @@ def mean_loss(arm):
 
 def share(ours, theirs):
     """(share of LoRA's gain, half width of its interval), in percent."""
-    gain = START - mean_loss(theirs)
-    a, b = CHOSEN[ours], CHOSEN[theirs]
-    mean, half = study.interval([a[seed]["folio"] - b[seed]["folio"] for seed in a.keys() & b])
-    return 100 * (1 - mean / gain), 100 * half / gain
+    return [100 * part for part in study.share_of_gain(ours, theirs, CHOSEN)]
 
 
 @pytest.mark.parametrize("rank", study.RANKS)
