@@ -43,7 +43,7 @@ from train_shakespeare import (  # noqa: E402
     train,
 )
 
-STUDY_BATCH, STUDY_STEPS, STUDY_SEEDS, STUDY_WINDOWS = 12, 250, 5, 1000
+STUDY_STEPS, STUDY_SEEDS, STUDY_WINDOWS = PRESETS["small"]["steps"], 5, 1000
 VALIDATION = 100_000  # characters, the last of the Folio's training plays
 LOWEST = {"lora": 0.01, "melora": 0.01, "hira": 0.05, "smoa": 0.05, "full": 0.0005}  # of four rates
 RANKS = (1, 2, 4, 8)  # LoRA's; the others train as many parameters
@@ -105,7 +105,7 @@ class Arm:
     method: str
     rank: int = 0  # LoRA's, for the parameter count
     blocks: int = 0
-    steps: int = STUDY_STEPS
+    steps: int = STUDY_STEPS  # with another preset, in proportion to its own
     targets: tuple = tuple(TARGETS)
     variant: str | None = None
     order: str = "spectral"
@@ -178,30 +178,31 @@ def wanted(name, records):
 # ---- One run -------------------------------------------------------------------------------------
 
 
-class OtherAnchor(torch.nn.Module):
-    """A control: W0 + scale * anchor * (B @ A), with another (m, n) matrix as HiRA's anchor.
+class OtherAnchor(smoa.SMoALinear):
+    """A control: a SMoALinear whose anchors are blocks of another (m, n) matrix, `other`, than W0.
 
     "permuted" is W0 with its rows and its columns in random order: its entries and its singular
     values, in places that mean nothing. "noise" is Gaussian, as large as W0 on average.
     """
 
-    def __init__(self, layer, kind):
-        super().__init__()
-        self.base, self.scale, (self.A,), (self.B,) = layer.base, layer.scale, layer.A, layer.B
-        W0 = layer.base.weight
-        m, n = W0.shape
-        if kind == "permuted":
-            anchor = W0[torch.randperm(m)][:, torch.randperm(n)]
-        else:
-            anchor = torch.randn(m, n).to(W0) * W0.square().mean().sqrt()
-        self.register_buffer("anchor", anchor)
-
-    @property
-    def weight(self):
-        return self.base.weight + self.scale * self.anchor * (self.B @ self.A)
+    def delta(self, k):
+        M_k = self.other[self.rows[k]][:, self.cols[k]]
+        return self.scale * (self.B[k] @ self.A[k]) * M_k
 
     def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight, self.base.bias)
+        return self.plain_forward(x)
+
+
+def give_other_anchor(layer, kind):
+    """Turn a SMoALinear into an OtherAnchor; its factors and its order stay what they are."""
+    W0 = layer.original_weight().detach()
+    m, n = W0.shape
+    if kind == "permuted":
+        other = W0[torch.randperm(m)][:, torch.randperm(n)]
+    else:
+        other = torch.randn(m, n).to(W0) * W0.square().mean().sqrt()
+    layer.__class__ = OtherAnchor
+    layer.register_buffer("other", other, persistent=False)
 
 
 def adapted(arm, base, seed):
@@ -234,8 +235,8 @@ def adapted(arm, base, seed):
             own["alpha"] = own["rank"] / layer.weight.detach().square().mean().sqrt().item()
         smoa.inject(model, [name], **own)
     if arm.variant in ("permuted anchor", "noise anchor"):
-        for name, layer in list(smoa.adapters(model)):
-            model.set_submodule(name, OtherAnchor(layer, arm.variant.split()[0]))
+        for _, layer in smoa.adapters(model):
+            give_other_anchor(layer, arm.variant.split()[0])
     if arm.variant in ("A ones", "A around ones"):
         kept = 0 if arm.variant == "A ones" else 1
         for _, layer in smoa.adapters(model):
@@ -261,8 +262,8 @@ class Best:
             self.state = {name: p.detach().clone() for name, p in named if p.requires_grad}
 
 
-def study_run(name, lr, seed, base, texts):
-    """Train one arm once and measure it.
+def study_run(name, lr, seed, base, texts, preset="small"):
+    """Train one arm once, with the preset's batch, and measure it.
 
     Rates and early stops are chosen on the validation part, never on the test plays. A run that
     diverges has infinite losses on record.
@@ -270,11 +271,13 @@ def study_run(name, lr, seed, base, texts):
     arm = study_arms()[name]
     text, validation = texts.folio[0][:-VALIDATION], texts.folio[0][-VALIDATION:]
     model = adapted(arm, base, seed)
+    plan = PRESETS[preset]
+    steps = arm.steps * plan["steps"] // STUDY_STEPS
     if arm.characters:
         best = Best(model, validation, windows=300, every=25)
     else:
-        best = Best(model, validation, windows=STUDY_WINDOWS, every=arm.steps)
-    recipe = dict(steps=arm.steps, batch_size=STUDY_BATCH, lr=lr, seed=seed)
+        best = Best(model, validation, windows=STUDY_WINDOWS, every=steps)
+    recipe = dict(steps=steps, batch_size=plan["batch_size"], lr=lr, seed=seed)
     recipe["weight_decay"] = 0.1 if arm.variant == "weight decay 0.1" else 0.0
     begin = time.time()
     label = f"{name} {lr:g} {seed}"
@@ -285,7 +288,7 @@ def study_run(name, lr, seed, base, texts):
     except FloatingPointError as error:
         say(f"{label}: {error}")
     seconds = time.time() - begin
-    row = dict(arm=name, **vars(arm), lr=lr, seed=seed)
+    row = dict(arm=name, **vars(arm) | dict(steps=steps), lr=lr, seed=seed)
     row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row |= dict(ranks=math.nan, train=statistics.fmean(losses[-25:]), validation=best.loss)
     row |= dict(stopped=best.step, folio=math.inf, modern=math.inf)
@@ -314,7 +317,7 @@ def read_records(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def study(path, names, base, texts):
+def study(path, names, base, texts, preset="small"):
     """Run what the record at `path` still lacks of these arms, a line a run."""
     origin = describe(base, texts)
     others = {record["base"]["weights"] for record in read_records(path)} - {origin["weights"]}
@@ -329,7 +332,7 @@ def study(path, names, base, texts):
         if not todo:
             return
         say(f"{len(todo)} runs wanted at least, next: {todo[0]}")
-        record = study_run(*todo[0], base, texts) | dict(base=origin)
+        record = study_run(*todo[0], base, texts, preset) | dict(base=origin)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -470,6 +473,7 @@ def parse(argv):
     add("--summary", action="store_true", help="print what the record says, and stop")
     add("--share", type=share, default=(1, 1), metavar="I/N", help="run as process I of N")
     add("--arms", nargs="+", default=list(study_arms()), metavar="ARM", help="default: all arms")
+    add("--preset", choices=list(PRESETS), default="small", help="size of the model (small)")
     add("--record", type=Path, default=HERE / "study.jsonl", help="default: study.jsonl beside it")
     add("--out", type=Path, default=HERE.parent / "out", help="where the base is, or comes to be")
     args = parser.parse_args(argv)
@@ -484,11 +488,12 @@ def main(argv=None):
         args = parse(argv)
         if args.summary:
             return summarize(args.record)
-        plan = make_plan(["--out", str(args.out)])
+        plan = make_plan(["--out", str(args.out), "--preset", args.preset])
         texts = load_texts(plan)
         open_out(plan)
         i, n = args.share
-        study(args.record, args.arms[i - 1 :: n], pretrain(plan, texts)[0], texts)
+        base = pretrain(plan, texts)[0]
+        study(args.record, args.arms[i - 1 :: n], base, texts, args.preset)
 
 
 if __name__ == "__main__":

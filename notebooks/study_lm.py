@@ -38,7 +38,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # study.py; smoa.py and the corpus
-from study import OtherAnchor, read_records  # noqa: E402
+from study import give_other_anchor, read_records  # noqa: E402
 
 import smoa  # noqa: E402
 from train_shakespeare import adapter_options, corpus  # noqa: E402
@@ -242,6 +242,8 @@ ARMS = {
     "hira 1 japanese": (3, adapter_options("hira", 1, 1) | dict(text="japanese")),
     "lora 4 japanese": (-1, adapter_options("lora", 4, 1) | dict(text="japanese")),
     "smoa r=8 K=2 japanese": (3, adapter_options("smoa", 4, 2) | dict(text="japanese")),
+    "smoa 1 K=2 noise": (4, adapter_options("smoa", 1, 2) | dict(anchor="noise")),
+    "smoa r=8 K=2 noise": (3, adapter_options("smoa", 4, 2) | dict(anchor="noise")),
 }
 # The most valuable runs first: an arm, and the seeds it is to have before the next is looked at.
 HEADLINE = ("lora 1", "smoa 1 K=2")
@@ -330,8 +332,8 @@ def adapt(model, layer_options, orders=None):
             given["order"] = orders[name]
         smoa.inject(model, [name], **given)
     if anchor:
-        for name, layer in list(smoa.adapters(model)):
-            model.set_submodule(name, OtherAnchor(layer, anchor))
+        for _, layer in smoa.adapters(model):
+            give_other_anchor(layer, anchor)
 
 
 def judged(texts):

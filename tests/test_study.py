@@ -104,20 +104,30 @@ def test_unit_rms_anchors_scale_each_layer_by_its_weight(base):
 
 
 @pytest.mark.parametrize("kind", ["permuted", "noise"])
-def test_another_anchor_is_as_large_as_the_weight_and_stands_in_its_place(kind):
+@pytest.mark.parametrize("K", [1, 2])
+def test_another_anchor_is_as_large_as_the_weight_and_stands_in_its_place(kind, K):
     base = torch.nn.Linear(40, 30, dtype=torch.float64)
-    layer = smoa.SMoALinear(base, rank=3, num_blocks=1)
-    control = study.OtherAnchor(layer, kind)
-    W0, anchor = base.weight.detach(), control.anchor
+    control = smoa.SMoALinear(base, rank=3, num_blocks=K)
+    ours = set(map(id, control.parameters()))
+    study.give_other_anchor(control, kind)
+    W0, anchor = base.weight.detach().clone(), control.other
     assert anchor.norm().item() == pytest.approx(W0.norm().item(), rel=0.1)
     assert F.cosine_similarity(W0.flatten(), anchor.flatten(), dim=0).abs() < 0.15
     if kind == "permuted":
         torch.testing.assert_close(torch.linalg.svdvals(anchor), torch.linalg.svdvals(W0))
-    torch.nn.init.normal_(control.B)
+    change = torch.zeros_like(W0)
+    for A_k, B_k, rows_k, cols_k in zip(control.A, control.B, control.rows, control.cols):
+        torch.nn.init.normal_(B_k)
+        block = rows_k[:, None], cols_k
+        change[block] = control.scale * (B_k @ A_k).detach() * anchor[block]
     x = torch.randn(5, 40, dtype=torch.float64)
-    change = layer.scale * (control.B @ control.A) * anchor
-    torch.testing.assert_close(control(x), base(x) + x @ change.mT)
-    assert set(map(id, control.parameters())) == set(map(id, layer.parameters()))
+    expected = base(x) + x @ change.mT
+    torch.testing.assert_close(control(x), expected)
+    assert set(map(id, control.parameters())) == ours
+    control.merge()
+    torch.testing.assert_close(base.weight, W0 + change)
+    control.unmerge()
+    assert torch.equal(base.weight, W0)
 
 
 def test_verdicts_follow_from_the_interval_of_paired_differences(monkeypatch):
