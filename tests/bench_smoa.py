@@ -76,11 +76,11 @@ class Dense(nn.Module):
 
     def forward(self, x):
         layer = self.inner
-        delta = torch.zeros_like(layer.base.weight)
+        delta = torch.zeros_like(layer.base.weight, dtype=layer.A[0].dtype)
         for k, M_k in enumerate(self.anchors):
             block = layer.scale * (layer.B[k] @ layer.A[k]) * M_k
             delta[layer.rows[k][:, None], layer.cols[k]] = block
-        return layer.base(x) + F.linear(x, delta)
+        return layer.base(x) + F.linear(x, delta.to(x.dtype))
 
 
 def frozen(base):
@@ -117,11 +117,11 @@ def adapt_all(model, kind):
     return model
 
 
-def adapted_gpt(kind, config):
+def adapted_gpt(kind, config, dtype=torch.float32):
     """A GPT whose embedding's output asks for a gradient, as below an adapter it always must."""
     torch.manual_seed(0)
     model = GPT(config).requires_grad_(False)
-    model = adapt_all(model.to(DEVICE), kind)
+    model = adapt_all(model.to(DEVICE, dtype), kind)
     model.embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return model
 
@@ -166,6 +166,20 @@ def medians(functions, repeats):
     return {name: statistics.median(runs[2:]) for name, runs in times.items()}
 
 
+def replayed(function):
+    """On a card: the function's kernels as one captured graph, so that no time goes into launching
+    them one by one."""
+    aside = torch.cuda.Stream()  # to warm up on, as a capture wants
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            function()
+    synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def text_of(value):
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
@@ -188,6 +202,7 @@ def table(title, rows):
 
 
 def forward_backward_times(kinds, m, n, T, dtype, repeats):
+    """Median seconds of each kind; on a card also of "kind, replayed", without the launches."""
     torch.manual_seed(0)
     x = torch.randn(T, n, device=DEVICE, dtype=dtype, requires_grad=True)
     g = torch.randn(T, m, device=DEVICE, dtype=dtype)
@@ -196,7 +211,9 @@ def forward_backward_times(kinds, m, n, T, dtype, repeats):
     for kind in kinds:
         module = KINDS[kind](base)
         functions[kind] = lambda module=module: module(x).backward(g)
-    return medians(functions, repeats)
+        if DEVICE == "cuda" and kind != "dense":
+            functions[f"{kind}, replayed"] = replayed(functions[kind])
+    return medians(functions, 50 if DEVICE == "cuda" else repeats)
 
 
 def layer_table(quick):
@@ -227,13 +244,19 @@ def layer_table(quick):
             "smoa K=8/lora": times["smoa K=8"] / times["lora"],
             "dense/lora": "" if large else times["dense"] / times["lora"],
         }
+        if DEVICE == "cuda":
+            lora = times["lora, replayed"]
+            row["replayed: lora ms"] = 1000 * lora
+            row["frozen"] = times["frozen, replayed"] / lora
+            for K in (4, 8):
+                row[f"K={K}"] = times[f"smoa K={K}, replayed"] / lora
         rows.append(row)
     tables = table("Layer, float32: forward + backward (LoRA r=4)", rows)
 
     if not quick:
         # A CPU without bfloat16 instructions needs 5 s for 768 x 768 at 4096 tokens.
         slow = [(384, 128, 256), (1536, 384, 256), (768, 768, 256)]
-        shapes = shapes[1:5] if DEVICE == "cuda" else slow
+        shapes = shapes if DEVICE == "cuda" else slow
     rows = []
     for m, n, T in shapes:
         kinds = ["frozen", "lora", "smoa K=2", "smoa K=4", "smoa K=8"]
@@ -247,6 +270,12 @@ def layer_table(quick):
         for K in (2, 4, 8):
             row[f"K={K}/frozen"] = times[f"smoa K={K}"] / times["frozen"]
             row[f"count K={K}"] = 1 + 3 / (2 * K)
+        if DEVICE == "cuda":
+            frozen = times["frozen, replayed"]
+            row["replayed: frozen ms"] = 1000 * frozen
+            row["lora"] = times["lora, replayed"] / frozen
+            for K in (2, 4, 8):
+                row[f"K={K}"] = times[f"smoa K={K}, replayed"] / frozen
         rows.append(row)
     title = "Layer, bfloat16: forward + backward; count: of products, 1 + 3/(2K) of the frozen's"
     return tables | table(title, rows)
@@ -255,6 +284,8 @@ def layer_table(quick):
 def model_table(quick):
     """A training step of gpt_mini, and the speed of generation."""
     plan = [("small", SMALL, 12, 15), ("small", SMALL, 64, 9), ("large", LARGE, 4, 7)]
+    if DEVICE == "cuda":
+        plan += [("large", LARGE, 64, 15), ("768 wide", TWELVE, 32, 7)]
     if quick:
         plan = [("small", SMALL, 2, 1)]
     rows = []
@@ -303,11 +334,14 @@ def setup_table(quick):
     return table("Set-up: spectral_order (in float64) against a full SVD", rows)
 
 
-def peak(kind, quick):
-    """Peak memory in bytes of two training steps; to be called in a process of its own."""
+def peak(kind, dtype, quick):
+    """Peak memory in bytes of two training steps; on a CPU to be called in a process of its own."""
     config = SMALL if quick else TWELVE
     idx = torch.randint(89, (4, config.block_size + 1), device=DEVICE)
-    model = adapted_gpt(kind, config)
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model = adapted_gpt(kind, config, dtype)
     step = training_step(model, lambda model: model(idx[:, :-1], idx[:, 1:])[1])
     for _ in range(2):
         step()
@@ -316,21 +350,26 @@ def peak(kind, quick):
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def peak_in_a_process_of_its_own(kind, dtype, quick):
+    command = [sys.executable, __file__, "--peak", kind, str(dtype).removeprefix("torch.")]
+    return int(subprocess.check_output(command + ["--quick"] * quick, text=True))
+
+
 def memory_table(quick):
-    peaks = {}
-    for kind in ("frozen", "lora", "smoa K=4", "dense"):
-        command = [sys.executable, __file__, "--peak", kind]
-        if quick:
-            command.append("--quick")
-        peaks[kind] = int(subprocess.check_output(command, text=True))
-    row = {
-        "lora MiB": peaks["lora"] / MIB,
-        "lora/frozen": peaks["lora"] / peaks["frozen"],
-        "smoa K=4/lora": peaks["smoa K=4"] / peaks["lora"],
-        "dense/lora": peaks["dense"] / peaks["lora"],
-    }
+    measure = peak if DEVICE == "cuda" else peak_in_a_process_of_its_own
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        kinds = ("frozen", "lora", "smoa K=2", "smoa K=4", "smoa K=8", "dense")
+        peaks = {kind: measure(kind, dtype, quick) for kind in kinds}
+        row = {
+            "weights": str(dtype).removeprefix("torch."),
+            "lora MiB": peaks["lora"] / MIB,
+            "lora/frozen": peaks["lora"] / peaks["frozen"],
+        }
+        row |= {f"{kind}/lora": peaks[kind] / peaks["lora"] for kind in kinds[2:]}
+        rows.append(row)
     what = "torch.cuda.max_memory_allocated" if DEVICE == "cuda" else "of the whole process"
-    return table(f"Memory: peak, {what}; float32, 12 layers, 768 wide, 4 x 256 tokens", [row])
+    return table(f"Memory: peak, {what}; 12 layers, 768 wide, 4 x 256 tokens", rows)
 
 
 def stack(kind, depth, dtype):
@@ -405,7 +444,10 @@ def peft_table(quick):
         print(f"\nPEFT {peft.__version__} has no HiRA: its column is left out")
         methods.remove("peft hira")
     rows = []
-    for batch, length in [(1, 8)] if quick else [(4, 96), (4, 256), (8, 256)]:
+    sizes = [(4, 96), (4, 256), (8, 256)]
+    if DEVICE == "cuda":
+        sizes.append((32, 1024))
+    for batch, length in [(1, 8)] if quick else sizes:
         idx = torch.randint(512, (batch, length), device=DEVICE)
 
         def loss_of(model):
@@ -458,10 +500,11 @@ def main():
     )
     parser.add_argument("--json", type=Path, help="write the tables there as well")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats")
-    parser.add_argument("--peak", choices=list(KINDS), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # kind and dtype
     args = parser.parse_args()
     if args.peak:
-        print(peak(args.peak, args.quick))
+        kind, dtype = args.peak
+        print(peak(kind, getattr(torch, dtype), args.quick))
         return
     name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if DEVICE == "cuda":
