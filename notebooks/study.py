@@ -3,6 +3,7 @@
     python notebooks/study.py --summary           # the table and the verdicts of study.jsonl
     python notebooks/study.py --record mine.jsonl # all of it on a base of your own; hours
     python notebooks/study.py --record mine.jsonl --share 1/2   # and --share 2/2 beside it
+    python notebooks/study.py --record notebooks/study_large.jsonl --summary  # "large", on a card
 
 A record holds one line a run. The study is a function from the runs on record to the runs still
 wanted, so that it can be stopped, gone on with, and shared out between processes.
@@ -389,16 +390,21 @@ def interval(differences):
     return statistics.mean(differences), T_975[len(differences) - 2] * error
 
 
+def best_so_far(name, records):
+    """{seed: run} of an arm at seed 0's best validated rate."""
+    mine = [record for record in records if record["arm"] == name]
+    first = [record for record in mine if record["seed"] == 0]
+    best = min(first, key=lambda record: record["validation"])["lr"]
+    return {record["seed"]: record for record in mine if record["lr"] == best}
+
+
 def at_best_rate(records):
     """{arm: {seed: run}} of the arms whose grid is complete, at seed 0's best validated rate."""
     chosen = {}
     for name in dict.fromkeys(record["arm"] for record in records):
         if any(seed == 0 for _, seed in wanted(name, records)):
             continue
-        mine = [record for record in records if record["arm"] == name]
-        first = [record for record in mine if record["seed"] == 0]
-        best = min(first, key=lambda record: record["validation"])["lr"]
-        chosen[name] = {record["seed"]: record for record in mine if record["lr"] == best}
+        chosen[name] = best_so_far(name, records)
     return chosen
 
 
@@ -439,15 +445,18 @@ def summarize(path):
         stop(f"there is no record at {path}")
     head = f"{'arm':28}{'trainable':>10}{'rank':>7}{'rate':>9}{'seeds':>6}"
     say(f"{head}  Folio loss ± error  modern")
-    for name, runs in at_best_rate(records).items():
+    finished = at_best_rate(records)
+    for name in dict.fromkeys(record["arm"] for record in records):
+        runs = finished.get(name) or best_so_far(name, records)
         folio = [run["folio"] for run in runs.values()]
         modern = statistics.mean(run["modern"] for run in runs.values())
         error = f"{statistics.stdev(folio) / len(folio) ** 0.5:.4f}" if len(folio) > 1 else "?"
-        size = (
-            f"{runs[0]['trainable']:10,}{runs[0]['ranks']:7.1f}{runs[0]['lr']:9.4g}{len(folio):6}"
-        )
+        rate = f"{runs[0]['lr']:.4g}" + ("" if name in finished else "?")
+        size = f"{runs[0]['trainable']:10,}{runs[0]['ranks']:7.1f}{rate:>9}{len(folio):6}"
         loss = f"{statistics.mean(folio):.4f} ± {error}"
         say(f"{name:28}{size}  {loss:18}  {modern:.4f}")
+    if finished.keys() < {record["arm"] for record in records}:
+        say("A rate with a question mark is the best so far: its sweep is not finished.")
     last = None
     for claim, ours, theirs, mean, half, verdict in verdicts(records):
         if claim != last:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import smoa
 from gpt_mini import GPT, GPTConfig
-from train_shakespeare import Texts, Vocabulary, make_plan
+from train_shakespeare import LEARNING_RATES, Texts, Vocabulary, make_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 import rescaling  # noqa: E402
@@ -226,3 +226,20 @@ def test_the_readmes_verdicts_are_the_record():
         in README
     )
     assert "and {:.1f} ± {:.1f} % (r = 4)".format(*share("smoa 4 low", "lora 4 low")) in README
+
+
+SWEEPS = {
+    "small": ("study.jsonl", dict(smoa="smoa 4 K=4", melora="melora 4 K=4")),
+    "large": ("study_large.jsonl", dict(smoa="smoa 4 K=2", melora="melora 4 K=4")),
+}
+
+
+@pytest.mark.parametrize("preset", SWEEPS)
+def test_the_script_s_rates_are_as_good_as_the_best_of_their_sweeps(preset):
+    record, names = SWEEPS[preset]
+    names = dict(lora="lora 4", hira="hira 4", full="full") | names
+    records = study.read_records(study.HERE / record)
+    for method, lr in LEARNING_RATES[preset].items():
+        runs = [r for r in records if r["arm"] == names[method] and r["seed"] == 0]
+        losses = {r["lr"]: r["validation"] for r in runs}
+        assert losses[lr] <= min(losses.values()) + 0.0005
