@@ -228,6 +228,22 @@ def test_the_readmes_verdicts_are_the_record():
     assert "and {:.1f} ± {:.1f} % (r = 4)".format(*share("smoa 4 low", "lora 4 low")) in README
 
 
+def test_the_readme_says_of_the_large_model_what_the_card_s_record_says():
+    records = study.read_records(study.HERE / "study_large.jsonl")
+    best = {}
+    for arm in ("lora 4", "melora 4 K=4", "smoa 4 K=2", "full"):
+        (best[arm],) = (
+            run["folio"] for run in study.best_so_far(arm, records).values() if run["seed"] == 0
+        )
+    base = records[0]["base"]["folio"]
+    share = 100 * (base - best["smoa 4 K=2"]) / (base - best["lora 4"])
+    lora, melora, ours, full = (f"{loss:.3f}" for loss in best.values())
+    assert f"brought LoRA to {lora}, MELoRA to {melora}, SMoA with K = 2 to {ours}" in README
+    assert f"which is {share:.1f} % of LoRA's gain, and full fine-tuning to {full}" in README
+    (broken,) = (r["folio"] for r in records if r["arm"] == "lora 4" and r["lr"] == 0.03)
+    assert f"At 0.03, the small model's rate, LoRA breaks down ({broken:.3f})" in README
+
+
 SWEEPS = {
     "small": ("study.jsonl", dict(smoa="smoa 4 K=4", melora="melora 4 K=4")),
     "large": ("study_large.jsonl", dict(smoa="smoa 4 K=2", melora="melora 4 K=4")),
