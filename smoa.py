@@ -49,6 +49,7 @@ Stop where you like: order, layer, verbs, file, counts, door (checks), small too
 """
 
 import contextlib
+import copy
 import hashlib
 import io
 import numbers
@@ -175,8 +176,9 @@ class SMoALinear(nn.Module):
                 self.register_buffer(f"A_{k}", A_k, persistent=False)
                 self.register_buffer(f"B_{k}", B_k, persistent=False)
 
-        self.base_is_linear = _is_plain(base) or _is_linear_in_weight(base)
         self.base = base.requires_grad_(False)
+        self.base_kind = self.base_is_linear = None
+        _ask_whether_linear(self)
         self.enabled = True  # False inside `disabled(model)`
         self._set_aside = None  # while merged: the K blocks of W0 that the merge replaced
         self.train(base.training)
@@ -278,8 +280,14 @@ class SMoALinear(nn.Module):
         _check_own_weight(self.base, ValueError)
         anchors = [self.anchor(k) for k in range(self.num_blocks)]
         sums = [anchor + self.delta(k) for k, anchor in enumerate(anchors)]
+        W = self._turn(self.base.weight)
+        try:
+            self._put(W, sums)
+        except BaseException:  # half-way: W0 again, as far as it can be written
+            with contextlib.suppress(Exception):
+                self._put(W, anchors)
+            raise
         self._set_aside = anchors
-        self._put(self._turn(self.base.weight), sums)
 
     @torch.no_grad()
     def unmerge(self):
@@ -316,7 +324,7 @@ class SMoALinear(nn.Module):
 
     def __getstate__(self):
         """For a copy or a pickle: `disabled` is over this layer, and over no copy of it."""
-        return self.__dict__ | {"enabled": True}
+        return super().__getstate__() | {"enabled": True, "base_kind": None}
 
     def extra_repr(self):
         names = ("rank", "num_blocks", "alpha", "dropout", "modulate")
@@ -352,6 +360,8 @@ def adapters(model):
 def inject(model, targets, **layer_options):
     """Wrap every target in a SMoALinear, in place, and freeze everything but the adapters.
 
+    What is frozen loses the gradients of an earlier training: they would count when gradients are
+    clipped.
     The order of a large layer takes seconds. To see it go on, adapt the layers one by one:
     `for name in tqdm(names): smoa.inject(model, [name])`. Of several processes let one inject and
     save, and all load: DistributedDataParallel sends factors around, but no orders.
@@ -440,8 +450,10 @@ def disabled(model):
         yield model
     finally:
         _disabled[:] = [other for other in _disabled if other is not here]  # an equal one may stay
-        for _, layer in adapters(model):
+        here_now = [layer for _, layer in adapters(model)]
+        for layer in (*merged, *here_now):  # those that were taken out may come back
             layer.enabled = _starts_enabled(layer)
+        for layer in here_now:
             if merged.get(layer):
                 _merge_once_enabled(layer)
 
@@ -539,6 +551,7 @@ def _matches(model, targets):
         _check_pattern(targets)
         patterns = {targets: targets}
     else:
+        targets = list(targets)
         names = all(isinstance(target, str) for target in targets)
         _require(names, f"targets must be names of modules, got {targets!r}", TypeError)
         patterns = {target: r"(.*\.)?" + re.escape(target) for target in targets}
@@ -595,6 +608,8 @@ def _install(model, layers):
         factors |= {*layer.A, *layer.B}
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and p in factors)
+        if not p.requires_grad:
+            p.grad = None
 
 
 def _layer_state(layer):
@@ -625,6 +640,8 @@ def _fill(layers, state, check_base):
         with _named_errors(name):
             own[name] = _layer_state(layer)
         own[name].setdefault("order", _natural_order(layer))
+    tensors = all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    _require(tensors, "a state must be a flat dict of tensors; a file is for smoa.load", TypeError)
     state = {key: tensor.detach() for key, tensor in state.items()}
     for name in layers:
         state.setdefault(_join(name, "order"), _natural_order(layers[name]))
@@ -880,17 +897,24 @@ def _checked_orders(order, m, n, device):
         isinstance(order, (tuple, list)) and len(order) == 2 and str not in map(type, order),
         f'order must be "spectral", "natural" or a pair of permutations, got {order}',
     )
-    row_order = _checked_permutation(order[0], m, "the order of the rows")
-    col_order = _checked_permutation(order[1], n, "the order of the columns")
-    return row_order.to(device), col_order.to(device)
+    with torch.inference_mode(False):  # a later training step keeps them for its backward
+        row_order = _checked_permutation(order[0], m, "the order of the rows")
+        col_order = _checked_permutation(order[1], n, "the order of the columns")
+        return row_order.to(device), col_order.to(device)
 
 
 def _checked_permutation(order, size, name):
     if not isinstance(order, torch.Tensor):
         order = torch.tensor(list(order), device="cpu")  # whatever the default device is
-    whole = order.ndim == 1 and sorted(order.tolist()) == list(range(size))  # 3.0 is as good as 3
-    _require(whole, f"{name} must be a permutation of 0..{size - 1}, got {order}")
-    return order.long().clone()
+    # 2.9999 is as good as 3: the average of equal orders has rounding errors, and that of others is
+    # no permutation, however rounded.
+    near = order.round() if order.is_floating_point() else order
+    whole = order.ndim == 1 and sorted(near.tolist()) == list(range(size))
+    _require(
+        whole and bool(((near - order).abs() < 0.01).all()),
+        f"{name} must be a permutation of 0..{size - 1}, got {order}",
+    )
+    return near.long().clone()
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -944,7 +968,8 @@ def _check_linear(base):
             f"{kind} is no plain linear layer but holds others ({holds}): target a linear layer "
             "among those; if this is another adapter's layer, take that adapter out first"
         )
-    norm = hasattr(base, "eps")  # LayerNorm and its kin have a weight and a bias, too
+    # LayerNorm and its kin have a weight and a bias, too.
+    norm = hasattr(base, "eps") and not isinstance(base, nn.Linear)
     linear = hasattr(base, "weight") and hasattr(base, "bias") and not norm
     _require(
         linear,
@@ -962,15 +987,33 @@ def _check_linear(base):
     )
 
 
+def _ask_whether_linear(layer):
+    """Set `base_is_linear`, once for each kind of base: a tool may put another in its place."""
+    base = layer.base
+    kind = type(base), type(base).forward, vars(base).get("forward")
+    if kind != layer.base_kind:
+        layer.base_is_linear = _is_plain(base) or _is_linear_in_weight(base)
+        layer.base_kind = kind
+
+
 @torch.no_grad()
 def _is_linear_in_weight(base):
     """Whether W -> base(x) - base(x; 0) is linear in W for one x: gelu(x W^T), say, is not."""
+    if "forward" in vars(base):
+        return False  # put on this one module: nobody can say what it reads
     W, n = base.weight, base.weight.shape[0 if _is_conv1d(base) else 1]
     x = torch.linspace(-1, 1, n, dtype=W.dtype, device=W.device)[None]
+    V = 0.3 * W.flip(0, 1)  # no multiple of W: a rounding to three values, say, passes for linear
+    cards = [W.device] if W.is_cuda else []
     try:
-        twice, back = (_through_own_forward(base, x, c * W) for c in (2, -1))
-        error = (twice + 2 * back).abs().max()
-        return bool(error <= 20 * torch.finfo(W.dtype).eps * n**0.5 * twice.abs().max())
+        probed = copy.copy(base)  # the base's own observers and statistics must not see the probe
+        probed._modules, probed._buffers = copy.deepcopy((base._modules, base._buffers))
+        with torch.random.fork_rng(cards):
+            of_W, of_V, of_sum, far = (
+                _through_own_forward(probed, x, Z) for Z in (W, V, W + V, -64 * W)
+            )
+        error = (of_sum - of_W - of_V).abs().max() + (far / 64 + of_W).abs().max()
+        return bool(error <= 20 * torch.finfo(W.dtype).eps * n**0.5 * of_W.abs().max())
     except Exception:  # it wants another input, or gives no tensor: one cannot add to that
         return False
 
@@ -1032,12 +1075,26 @@ def _check_injectable(model, plan):
             not isinstance(parent, nn.parallel.DistributedDataParallel),
             "adapt the model before DistributedDataParallel wraps it",
         )
+        for key, name in _held_in_lists(parent, names):
+            raise ValueError(
+                f"{name}: the model holds this layer in a plain list, too "
+                f"({type(parent).__name__}.{key}), and would call it there without its adapter: "
+                "make that an nn.ModuleList"
+            )
         inner = getattr(parent, "base_layer", None)
         _require(
             inner not in names,
             f"{names.get(inner)}: another adapter ({type(parent).__name__}) wraps this layer and "
             "writes into its weight: take that adapter out first",
         )
+
+
+def _held_in_lists(parent, names):
+    """(attribute, name) of each of the modules {module: name} in a list that is no ModuleList."""
+    for key, value in vars(parent).items():
+        for part in value if isinstance(value, (list, tuple)) else ():
+            if isinstance(part, nn.Module) and part in names:
+                yield key, names[part]
 
 
 def _check_not_compiled(model, names, message):
@@ -1117,6 +1174,11 @@ def _check_mergeable(model):
                 "a weight or a factor is on the meta device, with no values to merge",
             )
             _require(0 not in weight.stride(), "entries of the weight share their memory (expand)")
+            _require(
+                not weight.is_inference() or torch.is_inference_mode_enabled(),
+                "the weight was made under torch.inference_mode and cannot be written outside: "
+                "load the model under torch.no_grad",
+            )
             first, last, _ = _place(weight, "")
             shared = {owner for start, end, owner in places if start <= last and first <= end}
             _require(
@@ -1224,6 +1286,7 @@ def _check_has_values(layer):
 
 
 def _check_linear_in_weight(layer):
+    _ask_whether_linear(layer)
     _require(
         layer.base_is_linear,
         f"{type(layer.base).__name__} has a forward of its own that is not linear in its weight, "
@@ -1383,9 +1446,14 @@ def _knows_autocast(kind):
     return torch.amp.is_autocast_available(kind)
 
 
+_LINEAR_FORWARD = nn.Linear.forward  # torch's own, whoever replaces it later
+
+
 def _is_plain(base):
-    """Whether a base's class computes x W^T + bias, so far as we know it."""
-    if type(base).forward is nn.Linear.forward:
+    """Whether a base computes x W^T + bias, so far as we know it."""
+    if "forward" in vars(base) and not hasattr(base, "_hf_hook"):  # which accelerate puts around
+        return False
+    if type(base).forward is _LINEAR_FORWARD:
         return True
     return _is_conv1d(base) and type(base).__name__ == "Conv1D"
 
@@ -1431,8 +1499,11 @@ def _add_within(base, x, update):
     What they bring (an offloaded weight) is then there, and what they do is done to the sum.
     """
     if not _has_hooks(base):
-        return base(x) + update(x)
-    handle = base.register_forward_hook(lambda _, args, y: y + update(*args), prepend=True)
+        y = base(x)
+        return y + update(x).to(y.dtype)
+    handle = base.register_forward_hook(
+        lambda _, args, y: y + update(*args).to(y.dtype), prepend=True
+    )
     try:
         return base(x)
     finally:
@@ -1467,9 +1538,9 @@ def _direction_index(s2):
     rounding = 2e-9 * s2[:-1] + 1e-14 * s2[0]  # relative, and of the Gram matrix
     apart = s2[:-1] - s2[1:] > rounding
     group = F.pad(apart.long().cumsum(0), (1, 0))  # (q,), as 0 0 1 2 2 2
-    size = group.bincount().to(s2)
+    size = group.bincount()
     last = size.cumsum(0) - 1
-    return (last - (size - 1) / 2)[group]
+    return ((2 * last - size + 1).to(s2) / 2)[group]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1570,7 +1641,13 @@ class _Product(torch.autograd.Function):
                     dx_blocks.append(_matmul(g_k, D_k))  # (G, T, m_k) @ (G, m_k, n_k)
             if dx_blocks:
                 dx = _put_together(dx_blocks, cols)
-        return dx, *[None] * 7, *dA, *dB
+            dW0 = dbias = None
+            if ctx.needs_input_grad[1]:  # vmap over models hides from `_is_bare` what trains
+                factor = _summed_weight(torch.ones_like(W0), scale, rows, cols, A, B)
+                dW0 = (g.mT @ x.to(g.dtype)).to(W0.dtype) * (factor if ctx.add_W0 else factor - 1)
+            if ctx.needs_input_grad[2]:
+                dbias = g.sum(0)
+        return dx, dW0, dbias, *[None] * 5, *dA, *dB
 
 
 class _ProductWithTangents(_Product):

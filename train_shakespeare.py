@@ -53,8 +53,8 @@ PRESETS = {
 QUICK = dict(pretrain_steps=1000, steps=100, out=Path("out/quick"))
 
 # Each the best of its own method's sweep at rank 4: in notebooks/study.jsonl with 4 blocks; for
-# "large" in study_large.jsonl: one seed, SMoA with 2 blocks, HiRA's at the edge of its sweep, LoRA's
-# as good as its best, 0.02, and farther from 0.03, where it breaks down.
+# "large" in study_large.jsonl: one seed, SMoA with 2 blocks, HiRA's at the edge of its sweep,
+# LoRA's as good as its best, 0.02, and farther from 0.03, where it breaks down.
 # The multiplicative methods step in units of |W0| and want several times the rate of the additive
 # ones: one shared rate would decide the contest.
 LEARNING_RATES = {

@@ -234,6 +234,26 @@ def test_a_layer_that_is_compiled_by_itself_is_refused():
         smoa.inject(model, ["first", "second"])
 
 
+class Switched(Net):
+    """Calls its layers by a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = [self.first, self.second, self.head]
+
+
+def test_a_layer_that_the_model_also_holds_in_a_plain_list_is_refused():
+    model = Switched()
+    with refused(ValueError, "second", "Switched.steps", "nn.ModuleList", model=model):
+        smoa.inject(model, ["second"])
+
+
+def test_a_state_that_is_a_file_s_content_is_refused(tmp_path):
+    model = adapted()
+    with refused(TypeError, "flat dict of tensors", "smoa.load", model=model):
+        smoa.load_state_dict(model, {"config": {}, "state": smoa.state_dict(model)})
+
+
 NO_MODULES = {"None": None, "a tensor": torch.ones(5, 8), "a name": "second"}
 
 

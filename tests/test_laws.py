@@ -1058,6 +1058,26 @@ def test_inject_keeps_what_was_frozen_in_an_adapter_frozen():
     assert model.first.B[0].requires_grad
 
 
+def test_inject_drops_the_gradients_of_what_it_freezes():
+    model = Net()
+    model(X).sum().backward()
+    smoa.inject(model, ["first"], rank=4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_targets_may_come_from_any_iterable():
+    model = Net()
+    assert smoa.inject(model, (name for name in ("second", "first")), rank=4) == ["first", "second"]
+
+
+class WithEps(nn.Linear):
+    eps = 1e-6  # as normalising linear layers have
+
+
+def test_a_linear_layer_with_an_eps_is_a_linear_layer():
+    assert smoa.SMoALinear(WithEps(4, 4), rank=2).in_features == 4
+
+
 def test_targets_match_whole_parts_of_dotted_names():
     block = nn.ModuleDict({"fc": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)})
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "my_fc": nn.Linear(4, 4), "block": block})

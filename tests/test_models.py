@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from strategies import (
     Net,
     X,
     adapted,
+    all_bits,
     bits,
     fill,
     generic,
@@ -662,6 +664,26 @@ class Activated(nn.Linear):
         return F.gelu(super().forward(x))
 
 
+class Ternary(nn.Linear):
+    """As BitNet's layers: twice the weight gives twice the output, and yet it is not linear."""
+
+    def forward(self, x):
+        size = self.weight.abs().mean()
+        return F.linear(x, (self.weight / size).round().clamp(-1, 1) * size, self.bias)
+
+
+class Clamped(nn.Linear):
+    """Linear only as long as the outputs are small."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-5, 5)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
 class Conv1DByNameAlone(nn.Linear):
     """A pointwise convolution, with its weight as nn.Linear keeps it."""
 
@@ -683,15 +705,54 @@ def test_a_forward_of_its_own_computes_the_same_merged_and_unmerged(way, dtype, 
     torch.testing.assert_close(autocast, layer(x), rtol=8 * eps, atol=8 * eps)
 
 
-def test_a_forward_that_is_not_linear_in_its_weight_is_right_as_one_product_or_refused(way):
-    layer = fill(smoa.SMoALinear(Activated(8, 6), rank=4))
+@pytest.mark.parametrize("make", [Activated, Ternary, Clamped])
+def test_a_forward_that_is_not_linear_in_its_weight_is_right_as_one_product_or_refused(way, make):
+    layer = fill(smoa.SMoALinear(make(8, 6), rank=4))
     x = input_of(layer, 5, seed=1)
-    torch.testing.assert_close(layer(x), F.gelu(F.linear(x, layer.weight, layer.bias)))
+    expected = torch.func.functional_call(layer.base, {"weight": layer.weight}, (x,))
+    torch.testing.assert_close(layer(x), expected)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="not linear"):
         layer(x)
-    dropping = fill(smoa.SMoALinear(Activated(8, 6), rank=4, dropout=0.5))
-    with pytest.raises(RuntimeError, match="Activated has a forward of its own"):
+    dropping = fill(smoa.SMoALinear(make(8, 6), rank=4, dropout=0.5))
+    with pytest.raises(RuntimeError, match=f"{make.__name__} has a forward of its own"):
         dropping(x)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_forward_put_on_one_module_is_right_as_one_product_or_refused(way, before):
+    base = nn.Linear(8, 6)
+    twice = types.MethodType(lambda self, x: 2 * F.linear(x, self.weight, self.bias), base)
+    if before:
+        base.forward = twice
+    layer = fill(smoa.SMoALinear(base, rank=4))
+    base.forward = twice
+    x = input_of(layer, 5, seed=1)
+    torch.testing.assert_close(layer(x), 2 * F.linear(x, layer.weight, layer.bias))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="of its own"):
+        layer(x)
+
+
+def test_a_base_that_another_tool_puts_in_the_place_of_the_first_is_asked_again():
+    layer = fill(smoa.SMoALinear(Scaled(8, 6), rank=4, dropout=0.5))
+    x = input_of(layer, 5, seed=1)
+    layer(x)
+    layer.base = Ternary(8, 6).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="Ternary has a forward of its own"):
+        layer(x)
+
+
+def test_asking_a_base_whether_it_is_linear_leaves_no_trace_in_it():
+    base = torch.ao.nn.qat.Linear(8, 6, qconfig=torch.ao.quantization.get_default_qat_qconfig())
+    before = all_bits(base.state_dict())
+    smoa.SMoALinear(base, rank=4)
+    assert all_bits(base.state_dict()) == before
+    draws = []
+    for make in (nn.Linear, Noisy):
+        base = make(8, 6)
+        torch.manual_seed(0)
+        smoa.SMoALinear(base, rank=4)
+        draws.append(torch.rand(1))
+    assert torch.equal(*draws)
 
 
 def test_a_linear_layer_by_the_name_of_conv1d_keeps_its_orientation(way):
@@ -1029,6 +1090,22 @@ def compiled_whole(model):
 
 
 TO_COMPILE = BUDGETS | {"dropout": {"dropout": 1e-9}}  # that drops nothing: outputs compare
+
+
+def test_vmap_over_models_gives_an_unfrozen_base_its_gradient(way):
+    models = [adapted(seed=seed, order="natural") for seed in (0, 1)]
+    for model in models:
+        model.first.base.requires_grad_(True)
+    params, buffers = torch.func.stack_module_state(models)
+
+    def call(params, buffers):
+        return torch.func.functional_call(models[0], (params, buffers), (X,))
+
+    torch.vmap(call)(params, buffers).square().sum().backward()
+    for i, model in enumerate(models):
+        model(X).square().sum().backward()
+        for name in ("first.base.weight", "first.base.bias", "first.A_0", "second.B_1"):
+            torch.testing.assert_close(params[name].grad[i], model.get_parameter(name).grad)
 
 
 @pytest.mark.parametrize("layer_options", TO_COMPILE.values(), ids=TO_COMPILE)

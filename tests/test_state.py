@@ -1051,6 +1051,66 @@ def test_contexts_of_disabled_may_end_in_any_order(merged):
     assert all(layer.merged == merged for _, layer in smoa.adapters(model))
 
 
+def test_when_one_layer_cannot_be_merged_again_the_others_are_on_at_the_end_of_disabled():
+    model = adapted(targets=("first", "second", "head"))
+    smoa.merge(model)
+    with pytest.raises(ValueError, match="computed"):
+        with smoa.disabled(model):
+            nn.utils.parametrizations.weight_norm(model.first.base)
+    assert all(layer.enabled for _, layer in smoa.adapters(model))
+
+
+def test_a_layer_taken_out_inside_disabled_and_put_back_later_is_on():
+    model = adapted()
+    expected = model(X)
+    with smoa.disabled(model):
+        layer = model.first
+        model.first = layer.base
+    model.first = layer
+    assert torch.equal(model(X), expected)
+
+
+def weights_of_inference():
+    with torch.inference_mode():
+        return Net().requires_grad_(False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("verb", [smoa.merge, lambda model: model.first.merge()])
+def test_a_weight_that_cannot_be_written_leaves_the_layer_unmerged(verb):
+    model = weights_of_inference()
+    smoa.inject(model, ["first", "second"], rank=4, num_blocks=2)
+    expected = fill(model)(X)
+    with pytest.raises((ValueError, RuntimeError), match="[iI]nference"):
+        verb(model)
+    assert not any(layer.merged for _, layer in smoa.adapters(model))
+    assert torch.equal(model(X), expected)
+
+
+def test_a_merge_that_is_stopped_half_way_leaves_the_weight_as_it_was(monkeypatch):
+    layer = adapted().first
+    before, put = bits(layer.base.weight), smoa.SMoALinear._put
+
+    def put_one_block(self, W, blocks):
+        put(self, W, blocks[:1])
+        monkeypatch.undo()  # W0's blocks can be put back
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smoa.SMoALinear, "_put", put_one_block)
+    with pytest.raises(KeyboardInterrupt):
+        layer.merge()
+    assert not layer.merged and bits(layer.base.weight) == before
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_compiled_layer_computes_with_its_own_factors(duplicate):
+    model = adapted()
+    model.first.compile(backend="eager")
+    twin = duplicate(model)
+    fill(twin, seed=1)
+    assert torch.equal(twin(X), adapted(fill_seed=1)(X))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_made_inside_disabled_is_on(duplicate):
     model = adapted()
@@ -1118,12 +1178,37 @@ def test_a_load_in_inference_mode_can_be_followed_by_another(file):
     torch.testing.assert_close(fresh(X), model(X))
 
 
+@pytest.mark.parametrize("load", [smoa.load_state_dict, nn.Module.load_state_dict])
+def test_what_was_loaded_in_inference_mode_can_be_trained(way, load):
+    model = adapted(dropout=0.1)
+    states = {
+        smoa.load_state_dict: smoa.state_dict,
+        nn.Module.load_state_dict: nn.Module.state_dict,
+    }
+    state = copy.deepcopy(states[load](adapted(fill_seed=1)))
+    with torch.inference_mode():
+        load(model, state)
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_whole_numbers_of_numpy_are_taken_and_saved(file):
     model, fresh = Net(), Net()
     smoa.inject(model, ["first"], rank=np.int64(4), num_blocks=np.int32(2))
     smoa.save(model, file)
     smoa.load(fresh, file)
     assert (fresh.first.rank, fresh.first.num_blocks) == (4, 2)
+
+
+def test_the_average_of_equal_orders_is_that_order():
+    a, b = adapted(width=700), adapted(width=700, fill_seed=1)
+    states = smoa.state_dict(a), smoa.state_dict(b)
+    state = {key: 0.9 * states[0][key] + 0.1 * states[1][key] for key in states[0]}
+    assert any(not torch.equal(t, t.round()) for key, t in state.items() if key.endswith("order"))
+    smoa.load_state_dict(b, state)
+    assert same_orders(
+        (b.first.row_order, b.first.col_order), (a.first.row_order, a.first.col_order)
+    )
 
 
 def test_an_order_that_was_cast_to_float_is_still_that_order():
