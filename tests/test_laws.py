@@ -713,6 +713,7 @@ def test_gradients_can_be_clipped_by_any_norm_where_branches_have_no_rank(norm_t
 
 
 def test_fresh_factors_are_kaiming_uniform_and_zero():
+    torch.manual_seed(0)
     layer = smoa.SMoALinear(linear(generic(64, 256, 0)), rank=64, num_blocks=2)
     limit = 1 / 128**0.5  # Kaiming-uniform with a = sqrt(5) over n_k = 128 inputs, as nn.Linear
     for A_k in layer.A:

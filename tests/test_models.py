@@ -668,7 +668,7 @@ class Ternary(nn.Linear):
     """As BitNet's layers: twice the weight gives twice the output, and yet it is not linear."""
 
     def forward(self, x):
-        size = self.weight.abs().mean()
+        size = self.weight.abs().mean().clamp(min=1e-8)
         return F.linear(x, (self.weight / size).round().clamp(-1, 1) * size, self.bias)
 
 
