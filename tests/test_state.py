@@ -33,6 +33,7 @@ from strategies import (
     trained_names,
 )
 from torch import nn
+from torch.nn.utils import prune
 
 import smoa
 
@@ -1137,7 +1138,7 @@ def weight_normed(model):
 
 
 def pruned(model):
-    nn.utils.prune.l1_unstructured(model.first, "B_0", 0.5)
+    prune.l1_unstructured(model.first, "B_0", 0.5)
 
 
 @pytest.mark.parametrize("compute", [weight_normed, pruned])
