@@ -906,15 +906,14 @@ def _checked_orders(order, m, n, device):
 def _checked_permutation(order, size, name):
     if not isinstance(order, torch.Tensor):
         order = torch.tensor(list(order), device="cpu")  # whatever the default device is
-    # 2.9999 is as good as 3: the average of equal orders has rounding errors, and that of others is
-    # no permutation, however rounded.
-    near = order.round() if order.is_floating_point() else order
-    whole = order.ndim == 1 and sorted(near.tolist()) == list(range(size))
-    _require(
-        whole and bool(((near - order).abs() < 0.01).all()),
-        f"{name} must be a permutation of 0..{size - 1}, got {order}",
-    )
-    return near.long().clone()
+    whole = order
+    if order.is_floating_point():
+        # The average of equal orders has rounding errors; that of others is no permutation at all.
+        near = (order - order.round()).abs() < 0.01
+        whole = torch.where(near, order.round(), order)
+    is_permutation = whole.ndim == 1 and sorted(whole.tolist()) == list(range(size))
+    _require(is_permutation, f"{name} must be a permutation of 0..{size - 1}, got {order}")
+    return whole.long().clone()
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
