@@ -244,6 +244,7 @@ ARMS = {
     "lora 4 japanese": (-1, adapter_options("lora", 4, 1) | dict(text="japanese")),
     "smoa r=8 K=2 japanese": (3, adapter_options("smoa", 4, 2) | dict(text="japanese")),
     "smoa 1 K=2 noise": (4, adapter_options("smoa", 1, 2) | dict(anchor="noise")),
+    "smoa r=8 K=2 noise": (3, adapter_options("smoa", 4, 2) | dict(anchor="noise")),
 }
 # The most valuable runs first: an arm, and the seeds it is to have before the next is looked at.
 HEADLINE = ("lora 1", "smoa 1 K=2")
@@ -256,6 +257,7 @@ FIVE_SEEDS = (
     "lora 1 long",
     "smoa 1 K=2 long",
     "smoa 1 K=2 noise",
+    "smoa r=8 K=2 noise",
 )
 STAGES = (
     [(arm, 3) for arm in HEADLINE]
@@ -465,6 +467,8 @@ CLAIMS = {  # the first arm of each pair should have the lower loss
         ("hira 1 noise", "lora 1"),
         ("smoa 1 K=2", "smoa 1 K=2 noise"),
         ("smoa 1 K=2 noise", "lora 1"),
+        ("smoa r=8 K=2", "smoa r=8 K=2 noise"),
+        ("smoa r=8 K=2 noise", "lora 4"),
     ],
     "the blocks help": [
         ("smoa 1 K=2", "hira 1"),

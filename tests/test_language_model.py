@@ -347,6 +347,7 @@ README_SHARES = [  # (an arm, the LoRA whose gain it has a share of)
     ("hira 1", "lora 1"),
     ("smoa r=8 K=2", "lora 4"),
     ("smoa r=8 K=2 natural", "lora 4"),
+    ("smoa r=8 K=2 noise", "lora 4"),
     ("hira 4", "lora 4"),
     ("smoa r=8 K=2", "lora 8"),
     ("smoa 1 K=2 long", "lora 1 long"),
