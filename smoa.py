@@ -324,7 +324,7 @@ class SMoALinear(nn.Module):
 
     def __getstate__(self):
         """For a copy or a pickle: `disabled` is over this layer, and over no copy of it."""
-        return super().__getstate__() | {"enabled": True, "base_kind": None}
+        return super().__getstate__() | {"enabled": True}
 
     def extra_repr(self):
         names = ("rank", "num_blocks", "alpha", "dropout", "modulate")
@@ -989,7 +989,7 @@ def _check_linear(base):
 def _ask_whether_linear(layer):
     """Set `base_is_linear`, once for each kind of base: a tool may put another in its place."""
     base = layer.base
-    kind = type(base), type(base).forward, vars(base).get("forward")
+    kind = type(base), id(type(base).forward), "forward" in vars(base)
     if kind != layer.base_kind:
         layer.base_is_linear = _is_plain(base) or _is_linear_in_weight(base)
         layer.base_kind = kind

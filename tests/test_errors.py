@@ -248,7 +248,7 @@ def test_a_layer_that_the_model_also_holds_in_a_plain_list_is_refused():
         smoa.inject(model, ["second"])
 
 
-def test_a_state_that_is_a_file_s_content_is_refused(tmp_path):
+def test_a_state_that_is_a_file_s_content_is_refused():
     model = adapted()
     with refused(TypeError, "flat dict of tensors", "smoa.load", model=model):
         smoa.load_state_dict(model, {"config": {}, "state": smoa.state_dict(model)})

@@ -6,6 +6,7 @@ compiled, checkpointed, on several processes.
 
 import copy
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -1106,6 +1107,14 @@ def test_vmap_over_models_gives_an_unfrozen_base_its_gradient(way):
         model(X).square().sum().backward()
         for name in ("first.base.weight", "first.base.bias", "first.A_0", "second.B_1"):
             torch.testing.assert_close(params[name].grad[i], model.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_layer_with_its_own_forward_compiles_whole(duplicate):
+    layer = duplicate(fill(smoa.SMoALinear(Scaled(8, 6).bfloat16(), rank=4)))
+    x = input_of(layer, 5, seed=1)
+    compiled = torch.compile(nn.Sequential(layer), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("layer_options", TO_COMPILE.values(), ids=TO_COMPILE)

@@ -1071,18 +1071,14 @@ def test_a_layer_taken_out_inside_disabled_and_put_back_later_is_on():
     assert torch.equal(model(X), expected)
 
 
-def weights_of_inference():
-    with torch.inference_mode():
-        return Net().requires_grad_(False)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     "verb, message",
     [(smoa.merge, "first.*load the model under"), (lambda m: m.first.merge(), "inference")],
 )
 def test_a_weight_that_cannot_be_written_leaves_the_layer_unmerged(verb, message):
-    model = weights_of_inference()
+    with torch.inference_mode():
+        model = Net().requires_grad_(False)
     smoa.inject(model, ["first", "second"], rank=4, num_blocks=2)
     expected = fill(model)(X)
     with pytest.raises((ValueError, RuntimeError), match=message):
