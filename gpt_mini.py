@@ -1,6 +1,7 @@
-"""A small decoder-only GPT in plain PyTorch, to be read in one sitting.
+"""A small decoder-only GPT and its training loop in plain PyTorch, to be read in one sitting.
 
-It knows nothing of adapters: SMoA reaches it by `inject` alone. After nanoGPT (pre-norm blocks,
+Neither knows of adapters: SMoA reaches the model by `inject` alone, and what is frozen does not
+train. After nanoGPT (pre-norm blocks,
 tied embedding and head, no biases), with two changes that pay at this size: rotary positions
 (2104.09864), and a token shift (RWKV, 2305.13048): before attention and before the MLP each channel
 mixes in the position before it, by a share that it learns, so that pairs of characters need no
@@ -8,15 +9,23 @@ attention head to meet.
 
     model = GPT(GPTConfig(vocab_size=65))
     logits, loss = model(idx, targets)                      # idx, targets (B, T) int64
+    losses = list(train_steps(model, tokens, Recipe(steps=1000, batch_size=12, lr=6e-3)))
     text = model.generate(idx, 200, temperature=0.8, top_k=20)
 """
 
+import contextlib
+import gc
 import math
+import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# ---- The model -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -198,3 +207,160 @@ class GPT(nn.Module):
             idx = torch.cat((idx, token), dim=1)
         self.train(training)
         return idx
+
+
+# ---- Its training --------------------------------------------------------------------------------
+
+
+@dataclass
+class Recipe:
+    steps: int
+    batch_size: int  # windows of block_size tokens, over all processes together
+    lr: float  # at its peak
+    weight_decay: float = 0.0
+    seed: int = 0  # of batches and dropout
+
+
+def train_steps(model, tokens, recipe, *, optimizer=None, first=0):
+    """Train what requires a gradient. A generator: it takes a step for each loss that one asks for.
+
+    All randomness of a step comes from the seed and the step's number, so that a run that was
+    stopped after `first` steps goes on, with its optimizer, as if it had not been. Under torchrun
+    every process takes its share of each batch, and gradients and losses are averaged.
+
+    Args:
+        tokens: (N,) int64, on the CPU; N > block_size.
+        optimizer: None makes one. Its learning rate is set at each step.
+    Yields:
+        the loss of each step's batch before the step, in nats a token.
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    device = next(model.parameters()).device
+    rank, world = process()
+    optimizer = optimizer or make_optimizer(model, recipe.weight_decay)
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    model.train()
+    for step in range(first, recipe.steps):
+        torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)  # for dropout
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.steps, recipe.lr)
+        idx, targets = batch(tokens, model.config.block_size, recipe.batch_size, recipe.seed, step)
+        idx = idx[rank::world].to(device)
+        targets = targets[rank::world].to(device)
+        with autocast(device):
+            _, loss = net(idx, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        if world > 1:
+            dist.all_reduce(loss)
+        loss = loss.item() / world
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step + 1}")
+        yield loss
+
+
+def batch(tokens, block_size, batch_size, seed, step):
+    """A step's batch, idx and targets (B, T): windows of the text, drawn by seed and step alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
+    windows = tokens[starts + torch.arange(block_size + 1)]  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
+    warmup = max(1, steps // 20)
+    progress = max(0, step - warmup) / max(1, steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * min((step + 1) / warmup, cosine)
+
+
+def make_optimizer(model, weight_decay):
+    """AdamW on what requires a gradient; vectors (norms, shifts) do not decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0),
+    ]
+    fused = params[0].device.type != "mps"
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, *, limit=None):
+    """Mean loss, in nats a token, over all windows of block_size, or `limit` evenly spread.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    T = model.config.block_size
+    device = next(model.parameters()).device
+    count = (len(tokens) - 1) // T
+    starts = T * torch.linspace(0, count - 1, min(count, limit or count)).long()
+    training = model.training
+    model.eval()
+    total = 0.0
+    for part in starts.split(256):
+        windows = tokens[part[:, None] + torch.arange(T + 1)].to(device)  # (256, T + 1)
+        with autocast(device):
+            _, loss = model(windows[:, :-1], windows[:, 1:])
+        total += loss.item() * len(part)
+    model.train(training)
+    loss = total / len(starts)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss on held-out text is {loss}")
+    return loss
+
+
+# ---- Where it trains -----------------------------------------------------------------------------
+
+
+def choose_device(name=None):
+    """The named device, or the first of cuda, mps and cpu that can add two numbers.
+
+    Raises:
+        ValueError: it cannot. Under torchrun also: more processes than CUDA devices.
+    """
+    for device in ["cuda", "mps", "cpu"] if name is None else [name]:
+        if device == "cuda" and dist.is_initialized():
+            if 0 < torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+                raise ValueError("cuda: torchrun started more processes than there are devices")
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        try:
+            torch.ones(2, device=device).sum().item()  # a meta tensor, say, has no values to show
+            return torch.device(device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0][:100]
+    raise ValueError(f"{device} is not to be had here: {reason}")
+
+
+def autocast(device):
+    """bfloat16 on the cards that compute in it, float32 everywhere else."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+@contextlib.contextmanager
+def processes():
+    """While it lasts, the processes of a torchrun are one group. Else it does nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # a DistributedDataParallel that outlives its group can abort the exit
+            dist.destroy_process_group()
+
+
+def process():
+    """(rank, world): which process this is, and of how many. (0, 1) without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

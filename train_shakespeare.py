@@ -10,14 +10,13 @@
 The base sees the modern plays only. Each method adapts its own copy of it to the Folio ("haue",
 "vpon") and is judged on plays that nobody has seen in either spelling: Hamlet, Macbeth and The
 Tempest. The folder out/ gets base-*.pt, a METHOD.pt for each, and results.json. A base whose
-training was stopped goes on.
+training was stopped goes on. The model, its batches and its training loop are in gpt_mini.py.
 """
 
 import argparse
 import contextlib
 import copy
 import errno
-import gc
 import hashlib
 import importlib.util
 import io
@@ -31,12 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import gpt_mini
 import smoa
-from gpt_mini import GPT, GPTConfig
 
 # fmt: off
 PRESETS = {
@@ -52,41 +49,23 @@ PRESETS = {
 # fmt: on
 QUICK = dict(pretrain_steps=1000, steps=100, out=Path("out/quick"))
 
-# Each the best of its own method's sweep at rank 4: in notebooks/study.jsonl with 4 blocks; for
-# "large" in study_large.jsonl: one seed, SMoA with 2 blocks, HiRA's at the edge of its sweep,
-# LoRA's as good as its best, 0.02, and farther from 0.03, where it breaks down.
-# The multiplicative methods step in units of |W0| and want several times the rate of the additive
-# ones: one shared rate would decide the contest.
+# Each the best of its own method's sweep at rank 4, in notebooks/study.jsonl and study_large.jsonl
+# (one seed, SMoA with 2 blocks, HiRA's at the edge of its sweep; LoRA breaks down at 0.03). The
+# multiplicative methods step in units of |W0|: one rate for all would decide the contest.
 LEARNING_RATES = {
     "small": dict(smoa=0.1, hira=0.1, lora=0.03, melora=0.03, full=0.004),
     "large": dict(smoa=0.1, hira=0.03, lora=0.01, melora=0.02, full=0.0005),
 }
 TARGETS = ["qkv", "proj", "fc"]  # all linear layers but the head, which is tied to the embedding
 CHECKPOINTS = 8  # of the base
+HELD_OUT = ("hamlet", "macbeth", "tempest")
+POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix", "rape_of_lucrece", "sonnets")
 TEST_WINDOWS = 2000  # of the held-out text, evenly spread: a third of the plays, for seconds
 PROMPT = "My lord, I have "
 SAMPLE_LENGTH = 300  # characters
 
 
 # ---- The plan: all that is asked for, and all that is refused ------------------------------------
-
-
-def process():
-    """(rank, world): which process this is, and of how many. (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def stop(message):
-    """End the command for what the person at the keyboard can put right: one line, exit code 2."""
-    if process()[0] == 0:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def method_rate(text):
-    """("smoa", 0.1) from "smoa=0.1"."""
-    method, rate = text.split("=")
-    return method, float(rate)
 
 
 def make_plan(argv=None):
@@ -117,55 +96,60 @@ def make_plan(argv=None):
     args = parser.parse_args(argv)
     parser.set_defaults(**PRESETS[args.preset] | (QUICK if args.quick else {}))
     plan = parser.parse_args(argv)  # again: what is given goes before the preset
+    for name in ("rank", "blocks", "steps", "pretrain_steps", "batch_size", "seed"):
+        least = 0 if name == "seed" else 1
+        most = plan.model["n_embd"] if name in ("rank", "blocks") else 2**31 - 1
+        if not least <= getattr(plan, name) <= most:
+            flag = name.replace("_", "-")
+            stop(f"--{flag} must be {least} to {most}, got {getattr(plan, name)}")
+    if plan.batch_size % gpt_mini.process()[1]:
+        stop(f"{gpt_mini.process()[1]} processes cannot share a --batch-size of {plan.batch_size}")
     if len(set(plan.methods)) < len(plan.methods):
         stop(f"--methods names one twice: {' '.join(plan.methods)}")
     given = dict(plan.lr)
+    for method in given.keys() - set(plan.methods):
+        stop(f"--lr {method}={given[method]:g}: --methods are {', '.join(plan.methods)}")
     plan.lr = LEARNING_RATES[plan.preset] | given
-
-    width = plan.model["n_embd"]
-    world = process()[1]
-    whole_numbers = {  # flag: (what came, the least, the most)
-        "--rank": (plan.rank, 1, width),
-        "--blocks": (plan.blocks, 1, width),
-        "--steps": (plan.steps, 1, 2**31 - 1),
-        "--pretrain-steps": (plan.pretrain_steps, 1, 2**31 - 1),
-        "--batch-size": (plan.batch_size, 1, 2**31 - 1),
-        "--seed": (plan.seed, 0, 2**32 - 1),
-    }
-    for flag, (came, least, most) in whole_numbers.items():
-        if not least <= came <= most:
-            stop(f"{flag} must be {least} to {most}, got {came}")
-    if plan.batch_size % world:
-        stop(f"{world} processes cannot share a --batch-size of {plan.batch_size}")
-    for method in given:
-        if method not in plan.methods:
-            stop(f"--lr {method}={given[method]:g}: --methods are {', '.join(plan.methods)}")
-    for method, rate in {"--pretrain-lr": plan.pretrain_lr, **plan.lr}.items():
+    for name, rate in {"--pretrain-lr": plan.pretrain_lr, **plan.lr}.items():
         if not 0 < rate < math.inf:
-            stop(f"a rate must be positive and finite, got {rate} for {method}")
-    plan.device = choose_device(plan.device)
+            stop(f"a rate must be positive and finite, got {rate} for {name}")
+    try:
+        plan.device = gpt_mini.choose_device(plan.device)
+    except ValueError as error:
+        stop(f"--device {error}")
     return plan
 
 
-def choose_device(name):
-    """The named device, or the first of cuda, mps and cpu that can add two numbers."""
-    for device in ["cuda", "mps", "cpu"] if name is None else [name]:
-        if device == "cuda" and dist.is_initialized():
-            if 0 < torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-                stop("torchrun started more processes than there are CUDA devices")
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        try:
-            torch.ones(2, device=device).sum().item()  # a meta tensor, say, has no values to show
-            return torch.device(device)
-        except (RuntimeError, AssertionError, ImportError) as error:
-            reason = str(error).splitlines()[0][:100]
-    stop(f"--device {device} is not to be had here: {reason}")
+def method_rate(text):
+    """("smoa", 0.1) from "smoa=0.1"."""
+    method, rate = text.split("=")
+    return method, float(rate)
 
 
 # ---- The texts -----------------------------------------------------------------------------------
 
-HELD_OUT = ("hamlet", "macbeth", "tempest")
-POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix", "rape_of_lucrece", "sonnets")
+
+@dataclass
+class Texts:
+    characters: str  # the vocabulary: one token a character
+    modern: list  # [train, held out] tokens to pretrain on
+    folio: list  # [train, held out] tokens to adapt to
+    prompt: str
+
+
+def load_texts(plan):
+    context = plan.model["block_size"]
+    modern = corpus("modern") if plan.data is None else own_text(plan.data, context)
+    folio = corpus("folio") if plan.adapt_data is None else own_text(plan.adapt_data, context)
+    # The corpus base knows the Folio's characters; a base on one's own text knows what that has.
+    own = plan.data is not None and plan.adapt_data is not None
+    characters = "".join(sorted(set("".join(modern if own else modern + corpus("folio")))))
+    return Texts(
+        characters,
+        [encode(text, characters, plan.data or "the corpus") for text in modern],
+        [encode(text, characters, plan.adapt_data or "the Folio") for text in folio],
+        PROMPT if set(PROMPT) <= set(characters) else folio[1][:20],
+    )
 
 
 def corpus(edition):
@@ -197,192 +181,45 @@ def own_text(path, block_size):
     return text[:cut], text[cut:]
 
 
-class Vocabulary:
-    """One token a character."""
-
-    def __init__(self, text):
-        self.characters = "".join(sorted(set(text)))
-
-    def encode(self, text, source):
-        unknown = sorted(set(text) - set(self.characters))
-        if unknown:
-            stop(f"{source} has characters that the base does not know: {unknown[:10]}")
-        index = {c: i for i, c in enumerate(self.characters)}
-        return torch.tensor([index[c] for c in text])
-
-    def decode(self, tokens):
-        return "".join(self.characters[i] for i in tokens)
-
-
-@dataclass
-class Texts:
-    vocabulary: Vocabulary
-    modern: list  # [train, held out] tokens to pretrain on
-    folio: list  # [train, held out] tokens to adapt to
-    prompt: str
-
-
-def load_texts(plan):
-    context = plan.model["block_size"]
-    modern = corpus("modern") if plan.data is None else own_text(plan.data, context)
-    folio = corpus("folio") if plan.adapt_data is None else own_text(plan.adapt_data, context)
-    # The corpus base knows the Folio's characters; a base on one's own text knows what that has.
-    own = plan.data is not None and plan.adapt_data is not None
-    vocabulary = Vocabulary("".join(modern if own else modern + corpus("folio")))
-    known = set(PROMPT) <= set(vocabulary.characters)
-    return Texts(
-        vocabulary,
-        [vocabulary.encode(text, plan.data or "the corpus") for text in modern],
-        [vocabulary.encode(text, plan.adapt_data or "the Folio") for text in folio],
-        PROMPT if known else folio[1][:20],
-    )
-
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
-def batch(tokens, block_size, batch_size, seed, step):
-    """A step's batch, idx and targets (B, T), drawn by seed and step alone, so that runs resume."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
-    windows = tokens[starts + torch.arange(block_size + 1)]  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
-
-
-def autocast(device):
-    """bfloat16 on the cards that compute in it, float32 everywhere else."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-@torch.no_grad()
-def evaluate(model, tokens, *, limit=None):
-    """Mean loss, in nats a character, over all windows of block_size, or `limit` evenly spread."""
-    T = model.config.block_size
-    device = next(model.parameters()).device
-    count = (len(tokens) - 1) // T
-    starts = T * torch.linspace(0, count - 1, min(count, limit or count)).long()
-    training = model.training
-    model.eval()
-    total = 0.0
-    for part in starts.split(256):
-        windows = tokens[part[:, None] + torch.arange(T + 1)].to(device)  # (256, T + 1)
-        with autocast(device):
-            loss = model(windows[:, :-1], windows[:, 1:])[1]
-        total += loss.item() * len(part)
-    model.train(training)
-    return total / len(starts)
-
-
-def learning_rate(step, steps, peak):
-    """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
-    warmup = max(1, steps // 20)
-    progress = max(0, step - warmup) / max(1, steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * min((step + 1) / warmup, cosine)
-
-
-def make_optimizer(model, lr, weight_decay):
-    """AdamW on what requires a gradient; vectors (norms, shifts) do not decay."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
-        dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0),
-    ]
-    fused = params[0].device.type != "mps"
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
-
-
-@dataclass
-class Recipe:
-    steps: int
-    batch_size: int  # windows of block_size characters, over all processes together
-    lr: float  # at its peak
-    weight_decay: float
-    seed: int
-
-
-def train(model, tokens, *, label, state=None, after_step=None, **recipe):
-    """Train what requires a gradient, by a Recipe's fields. Returns the loss of each step.
-
-    All randomness of a step comes from the seed and the step's number, so that a run goes on from
-    the optimizer and the step in `state` as if it had not been stopped. Under torchrun every
-    process takes its share of each batch, and gradients and losses are averaged.
-    `after_step(step, optimizer)` looks on. Raises FloatingPointError at a loss that is not finite.
-    """
-    recipe = Recipe(**recipe)
-    device = next(model.parameters()).device
-    rank, world = process()
-    optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
-    first = 0
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    net = model
-    if world > 1:
-        net = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    model.train()
-    losses = []
-    bar = dict(desc=label, total=recipe.steps, initial=first, unit="step")
-    hide = rank > 0 or None  # None shows the bar on a terminal only
-    for step in tqdm(range(first, recipe.steps), **bar, disable=hide):
-        torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)  # for dropout
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.steps, recipe.lr)
-        pair = batch(tokens, model.config.block_size, recipe.batch_size, recipe.seed, step)
-        idx, targets = (part[rank::world].to(device) for part in pair)
-        with autocast(device):
-            loss = net(idx, targets)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.detach()
-        if world > 1:
-            dist.all_reduce(loss)
-        losses.append(loss.item() / world)
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} at step {step + 1}")
-        if after_step is not None:
-            after_step(step + 1, optimizer)
-    return losses
+def encode(text, characters, source):
+    """A text as tokens (N,), each the place of a character among all that the base knows."""
+    place = {c: i for i, c in enumerate(characters)}
+    unknown = sorted(set(text) - place.keys())
+    if unknown:
+        stop(f"{source} has characters that the base does not know: {unknown[:10]}")
+    return torch.tensor([place[c] for c in text])
 
 
 # ---- The base ------------------------------------------------------------------------------------
 
 
-def check_base(loss, vocab_size):
-    """Refuse a loss that is no number, or twice that of guessing."""
-    if not loss <= 2 * math.log(vocab_size):
-        raise FloatingPointError(f"the loss on held-out text is {loss:.3g}")
-
-
-def read_base(path, settings=None):
-    """(model, checkpoint) at path; refused unless it is whole, of these settings, and sound."""
+def pretrain(plan, texts):
+    """The base and its curve, [(step, loss)]: an earlier run's, finished or not, or a new one."""
+    settings = base_settings(plan, texts)
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    path = plan.out / f"base-{name}.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.exists():
+            model, state = read_base(path, settings)
+            say(f"base: {path}, from step {state['step']} of {plan.pretrain_steps}")
+        else:
+            torch.manual_seed(plan.seed)
+            model = gpt_mini.GPT(gpt_mini.GPTConfig(**settings["model"]))
+            state = dict(settings=settings, characters=texts.characters, step=0, curve=[])
+        train_base(model.to(plan.device), plan, texts, state, path)
         loss = state["curve"][-1][1]
-        model = GPT(GPTConfig(**state["settings"]["model"]))
-        model.load_state_dict(state["model"])
-        make_optimizer(model, 0.0, 0.0).load_state_dict(state["optimizer"])
-        whole = state["step"] <= state["settings"]["steps"]
-        ours = settings in (None, state["settings"])
-    except (OSError, MemoryError):
-        raise
-    except Exception:
-        whole = ours = False
-    if not (whole and ours):
-        stop(f"{path} is no whole checkpoint of this base; move it away to train a new one")
-    check_base(loss, model.config.vocab_size)
-    return model, state
+        if not loss <= 2 * math.log(len(texts.characters)):  # twice that of guessing, or no number
+            raise FloatingPointError(f"the loss on held-out text is {loss:.3g}")
+    except FloatingPointError as error:
+        stop(f"the base diverged ({error}): give less than --pretrain-lr {plan.pretrain_lr:g}")
+    return model, state["curve"]
 
 
 def base_settings(plan, texts):
     """All that decides what the base and its curve become; its file is named by their hash."""
-    characters = texts.vocabulary.characters
-    text = characters.encode() + torch.cat(texts.modern).numpy().tobytes()
+    text = texts.characters.encode() + torch.cat(texts.modern).numpy().tobytes()
     return dict(
-        model=vars(GPTConfig(vocab_size=len(characters), **plan.model)),
+        model=vars(gpt_mini.GPTConfig(vocab_size=len(texts.characters), **plan.model)),
         text=hashlib.sha256(text).hexdigest(),
         steps=plan.pretrain_steps,
         batch_size=plan.batch_size,
@@ -391,39 +228,37 @@ def base_settings(plan, texts):
     )
 
 
-def pretrain(plan, texts):
-    """The base and its curve, [(step, loss)]: an earlier run's, finished or not, or a new one."""
-    settings = base_settings(plan, texts)
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = plan.out / f"base-{name}.pt"
-    torch.manual_seed(plan.seed)
-    model = GPT(GPTConfig(**settings["model"]))
-    curve, state = [], None
-    every = max(1, plan.pretrain_steps // CHECKPOINTS)
+def train_base(model, plan, texts, state, path):
+    """From where its checkpoint stands to the end, with a checkpoint at every eighth of the way."""
+    steps, first, seed = plan.pretrain_steps, state["step"], plan.seed
+    recipe = gpt_mini.Recipe(steps, plan.batch_size, plan.pretrain_lr, weight_decay=0.1, seed=seed)
+    optimizer = gpt_mini.make_optimizer(model, recipe.weight_decay)
+    if first > 0:
+        optimizer.load_state_dict(state["optimizer"])
+    losses = gpt_mini.train_steps(model, texts.modern[0], recipe, optimizer=optimizer, first=first)
+    for step, _ in enumerate(with_bar(losses, "base", steps, first), first + 1):
+        if step % max(1, steps // CHECKPOINTS) == 0 or step == steps:
+            loss = gpt_mini.evaluate(model, texts.modern[1], limit=TEST_WINDOWS // 4)
+            state["step"] = step
+            state["curve"].append((step, loss))
+            write(path, state | dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
+            say(f"  step {step}: {loss:.4f} on a part of the held-out text")
 
-    def checkpoint(step, optimizer):
-        if step % every and step < plan.pretrain_steps:
-            return
-        loss = evaluate(model, texts.modern[1], limit=TEST_WINDOWS // 4)
-        check_base(loss, model.config.vocab_size)
-        curve.append((step, loss))
-        characters = texts.vocabulary.characters
-        whole = dict(settings=settings, characters=characters, step=step, curve=curve)
-        write(path, whole | dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
-        say(f"  step {step}: {loss:.4f} on a part of the held-out text")
 
-    recipe = {name: settings[name] for name in ("steps", "batch_size", "lr", "seed")}
-    recipe |= dict(weight_decay=0.1, label="base", after_step=checkpoint)
+def read_base(path, settings=None):
+    """(model, checkpoint) at path; refused unless it is whole, and of these settings."""
+    file = io.BytesIO(path.read_bytes())
     try:
-        if path.exists():
-            model, state = read_base(path, settings)
-            curve = state["curve"]
-            say(f"base: {path}, from step {state['step']} of {plan.pretrain_steps}")
-        train(model.to(plan.device), texts.modern[0], state=state, **recipe)
-    except FloatingPointError as error:
-        remedy = f"give less than --pretrain-lr {plan.pretrain_lr:g}"
-        stop(f"the base diverged ({error}): {remedy}")
-    return model, curve
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        model = gpt_mini.GPT(gpt_mini.GPTConfig(**state["settings"]["model"]))
+        model.load_state_dict(state["model"])
+        gpt_mini.make_optimizer(model, 0.0).load_state_dict(state["optimizer"])
+        whole = state["curve"][-1][0] == state["step"] <= state["settings"]["steps"]
+        if not whole or settings not in (None, state["settings"]):
+            raise ValueError
+    except Exception:
+        stop(f"{path} is no whole checkpoint of this base; move it away to train a new one")
+    return model, state
 
 
 # ---- A method ------------------------------------------------------------------------------------
@@ -448,57 +283,20 @@ def prepare(base, method, rank, blocks):
     return model
 
 
-@torch.no_grad()
-def updates(model, base, targets=TARGETS):
-    """{name: delta_W (m, n)} of the target layers, on the CPU; in float64 where it has factors."""
-    deltas = {}
-    for name, linear in base.named_modules():
-        if any(f".{name}".endswith(f".{target}") for target in targets):
-            layer = model.get_submodule(name)
-            if isinstance(layer, smoa.SMoALinear):
-                deltas[name] = copy.deepcopy(layer).cpu().double().delta_weight()
-            else:
-                deltas[name] = (layer.weight - linear.weight).cpu()
-    return deltas
-
-
-def mean_rank(model, base, targets=TARGETS):
-    """Mean numerical rank of the weights' change over the target layers."""
-    deltas = updates(model, base, targets).values()
-    return sum(torch.linalg.matrix_rank(delta).item() for delta in deltas) / len(deltas)
-
-
-def measure(model, texts):
-    """Losses on the held-out plays, in both spellings."""
-    folio = evaluate(model, texts.folio[1], limit=TEST_WINDOWS)
-    modern = evaluate(model, texts.modern[1], limit=TEST_WINDOWS)
-    if not math.isfinite(folio + modern):
-        raise FloatingPointError(f"the losses on the held-out texts are {folio} and {modern}")
-    return dict(folio=folio, modern=modern)
-
-
-def sample(model, vocabulary, prompt, seed, length):
-    """The prompt, and what the model writes after it."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    idx = vocabulary.encode(prompt, "the prompt")[None].to(device)
-    idx = model.generate(idx, length, temperature=0.8, top_k=20, generator=generator)
-    return vocabulary.decode(idx[0].tolist())
-
-
 def run_method(plan, texts, base, method):
     """Adapt a copy of the base, measure it, save it. (row of the results, what it then writes)."""
     path = plan.out / f"{method}.pt"
     row = dict(method=method, lr=plan.lr[method])
-    recipe = dict(steps=plan.steps, batch_size=plan.batch_size, lr=row["lr"], seed=plan.seed)
+    recipe = gpt_mini.Recipe(plan.steps, plan.batch_size, row["lr"], seed=plan.seed)
     torch.manual_seed(plan.seed)
     try:
         model = prepare(base, method, plan.rank, plan.blocks)
         begin = time.perf_counter()
-        row["losses"] = train(model, texts.folio[0], label=method, weight_decay=0.0, **recipe)
+        losses = gpt_mini.train_steps(model, texts.folio[0], recipe)
+        row["losses"] = list(with_bar(losses, method, plan.steps))
         row["ms"] = 1000 * (time.perf_counter() - begin) / plan.steps
         row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        row["rank"] = mean_rank(model, base)
+        row["rank"] = mean_rank(model)
         row |= measure(model, texts)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:
         reason = str(error).splitlines()[0]
@@ -506,10 +304,34 @@ def run_method(plan, texts, base, method):
         return row | dict(diverged=reason), f"it diverged: {reason}"
     if method == "full":
         write(path, model.state_dict())
-    elif process()[0] == 0:
+    elif gpt_mini.process()[0] == 0:
         smoa.save(model, path)
     smoa.merge(model)  # samples at the base's own speed
-    return row, sample(model, texts.vocabulary, texts.prompt, plan.seed, SAMPLE_LENGTH)
+    return row, sample(model, texts.characters, texts.prompt, plan.seed, SAMPLE_LENGTH)
+
+
+def mean_rank(model):
+    """Mean numerical rank of delta_W over the adapted layers; None for full fine-tuning."""
+    ranks = []
+    for _, layer in smoa.adapters(model):
+        delta_W = copy.deepcopy(layer).cpu().double().delta_weight()
+        ranks.append(torch.linalg.matrix_rank(delta_W).item())
+    return round(sum(ranks) / len(ranks), 1) if ranks else None
+
+
+def measure(model, texts):
+    """Losses on the held-out plays, in both spellings."""
+    folio = gpt_mini.evaluate(model, texts.folio[1], limit=TEST_WINDOWS)
+    return dict(folio=folio, modern=gpt_mini.evaluate(model, texts.modern[1], limit=TEST_WINDOWS))
+
+
+def sample(model, characters, prompt, seed, length):
+    """The prompt, and what the model writes after it."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    idx = encode(prompt, characters, "the prompt")[None].to(device)
+    idx = model.generate(idx, length, temperature=0.8, top_k=20, generator=generator)
+    return "".join(characters[i] for i in idx[0].tolist())
 
 
 # ---- What is written and printed -----------------------------------------------------------------
@@ -519,21 +341,8 @@ def write(path, content):
     """What torch.save makes of the content, in one file, whole or not at all; by one process."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    if process()[0] == 0:
+    if gpt_mini.process()[0] == 0:
         smoa.write_whole(path, buffer.getvalue())
-
-
-def say(text):
-    """Print above any progress bar, in one process. A reader that leaves (`| head`) ends no run."""
-    if process()[0] > 0:
-        return
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.ENOSPC:
-            raise
 
 
 def open_out(plan):
@@ -546,48 +355,30 @@ def open_out(plan):
         tempfile.TemporaryFile(dir=target.parent).close()
 
 
-def report(results):
-    """The table of results. A method that diverged has its reason in place of its losses."""
-    head = "method  learning rate  trainable  share  rank of dW"
-    lines = [head + "      Folio loss     modern loss  ms a step"]
-    for row in results["methods"]:
-        line = f"{row['method']:6}{row['lr']:15g}"
-        if "diverged" in row:
-            lines.append(f"{line}  diverged: {row['diverged']}")
-            continue
-        share = row["trainable"] / results["parameters"]
-        line += f"{row['trainable']:11,}{share:7.1%}{row['rank']:12.1f}"
-        for text in ("folio", "modern"):
-            line += f"  {results['base'][text]:.3f} -> {row[text]:.3f}"
-        lines.append(f"{line}{row['ms']:11.0f}")
-    return "\n".join(lines)
+def with_bar(losses, label, steps, first=0):
+    """The losses as they come, and a bar of the steps: in one process, on a terminal only."""
+    hide = gpt_mini.process()[0] > 0 or None  # None looks for a terminal
+    return tqdm(losses, label, total=steps, initial=first, unit="step", disable=hide)
 
 
-def run(plan):
-    """Texts -> the base -> for each method adapt, measure, save -> report."""
-    begin = time.time()
-    texts = load_texts(plan)
-    open_out(plan)
-    say(f"seed {plan.seed}, device {plan.device}, torch {torch.__version__}, {plan.model}")
-    base, curve = pretrain(plan, texts)
-    before = measure(base, texts)
-    parameters = sum(p.numel() for p in base.parameters())
-    losses = f"loss {before['modern']:.3f} modern, {before['folio']:.3f} on the Folio"
-    say(f"base: {parameters:,} parameters, {losses}, held-out plays, nats a character")
-    samples = {"base": sample(base, texts.vocabulary, texts.prompt, plan.seed, SAMPLE_LENGTH)}
-    results = dict(plan=vars(plan), torch=torch.__version__, parameters=parameters)
-    results |= dict(pretraining=curve, base=before, methods=[], samples=samples)
-    for method in plan.methods:
-        row, samples[method] = run_method(plan, texts, base, method)
-        results["methods"].append(row)
-        if process()[0] == 0:
-            content = json.dumps(results, indent=2, default=str)
-            smoa.write_whole(plan.out / "results.json", content.encode())
-    for name, text in samples.items():
-        say(f"\n--- {name} ---\n{text}")
-    say(f"\n{report(results)}\n")
-    say("Losses in nats a character on held-out text, before -> after.")
-    say(f"{time.time() - begin:.0f} s in all; everything is in {plan.out}")
+def say(text):
+    """Print above any progress bar, in one process. A reader that leaves (`| head`) ends no run."""
+    if gpt_mini.process()[0] > 0:
+        return
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            raise
+
+
+def stop(message):
+    """End the command for what the person at the keyboard can put right: one line, exit code 2."""
+    if gpt_mini.process()[0] == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -607,16 +398,52 @@ def errors_in_one_line():
         stop("out of memory: give a smaller --batch-size, or another --preset or --device")
 
 
+def report(results):
+    """The table of results. A method that diverged has its reason in place of its losses."""
+    head = "method  learning rate  trainable  share  rank of dW"
+    lines = [head + "      Folio loss     modern loss  ms a step"]
+    for row in results["methods"]:
+        line = f"{row['method']:6}{row['lr']:15g}"
+        if "diverged" in row:
+            line += f"  diverged: {row['diverged']}"
+        else:
+            share = row["trainable"] / results["parameters"]
+            line += f"{row['trainable']:11,}{share:7.1%}{row['rank'] or '-':>12}"
+            for text in ("folio", "modern"):
+                line += f"  {results['base'][text]:.3f} -> {row[text]:.3f}"
+            line += f"{row['ms']:11.0f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def run(plan):
+    """Texts -> the base -> for each method adapt, measure, save -> report."""
+    begin = time.time()
+    texts = load_texts(plan)
+    open_out(plan)
+    say(f"seed {plan.seed}, device {plan.device}, torch {torch.__version__}, {plan.model}")
+    base, curve = pretrain(plan, texts)
+    before = measure(base, texts)
+    size = sum(p.numel() for p in base.parameters())
+    say(f"base: {size:,} parameters, loss {before['modern']:.3f}, Folio {before['folio']:.3f}")
+    samples = {"base": sample(base, texts.characters, texts.prompt, plan.seed, SAMPLE_LENGTH)}
+    results = dict(plan=vars(plan), torch=torch.__version__, parameters=size)
+    results |= dict(pretraining=curve, base=before, methods=[], samples=samples)
+    for method in plan.methods:
+        row, samples[method] = run_method(plan, texts, base, method)
+        results["methods"].append(row)
+        if gpt_mini.process()[0] == 0:
+            content = json.dumps(results, indent=2, default=str)
+            smoa.write_whole(plan.out / "results.json", content.encode())
+    for name, text in samples.items():
+        say(f"\n--- {name} ---\n{text}")
+    say(f"\n{report(results)}\n\nLosses in nats a character on held-out text, before -> after.")
+    say(f"{time.time() - begin:.0f} s in all; everything is in {plan.out}")
+
+
 def main(argv=None):
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # under torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        with errors_in_one_line():
-            run(make_plan(argv))
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # a DistributedDataParallel that outlives its group can abort the exit
-            dist.destroy_process_group()
+    with gpt_mini.processes(), errors_in_one_line():
+        run(make_plan(argv))
 
 
 if __name__ == "__main__":

@@ -26,18 +26,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from reach import FAMILIES, ceiling, family, noise_like, reach_by_start, shuffled  # noqa: E402
-from study import VALIDATION, describe, ready_base  # noqa: E402
+from study import VALIDATION, describe, ready_base, updates  # noqa: E402
 
 import smoa  # noqa: E402
-from train_shakespeare import (  # noqa: E402
-    batch,
-    evaluate,
-    load_texts,
-    make_plan,
-    prepare,
-    train,
-    updates,
-)
+from gpt_mini import Recipe, batch, evaluate, train_steps  # noqa: E402
+from train_shakespeare import load_texts, make_plan, prepare  # noqa: E402
 
 RATES = {"full": 0.004, "lora": 0.03, "smoa": 0.1}  # each the best of its sweep in the study
 LEADING = (4, 8, 16, 32, 64)
@@ -75,8 +68,7 @@ def trained(base, text):
     for method, lr in RATES.items():
         torch.manual_seed(0)
         model = prepare(base, method, rank=4, blocks=4)
-        recipe = dict(steps=250, batch_size=12, lr=lr, weight_decay=0.0, seed=0)
-        train(model, text, label=method, **recipe)
+        list(train_steps(model, text, Recipe(steps=250, batch_size=12, lr=lr)))
         deltas = {name: D.double() for name, D in updates(model, base).items()}
         found[method] = model, deltas
     return found

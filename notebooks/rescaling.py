@@ -34,7 +34,8 @@ from reach import blocks  # noqa: E402
 from study import read_records, ready_base  # noqa: E402
 
 import smoa  # noqa: E402
-from train_shakespeare import TARGETS, corpus, evaluate, stop, train  # noqa: E402
+from gpt_mini import Recipe, evaluate, train_steps  # noqa: E402
+from train_shakespeare import TARGETS, corpus, encode, stop, with_bar  # noqa: E402
 
 RECORD = HERE / "rescaling.jsonl"
 STEPS, BATCH, SEEDS, K, SPREAD = 250, 12, 3, 4, 0.7
@@ -117,16 +118,7 @@ def repair(damaged, method, lr, seed, text):
     model = copy.deepcopy(damaged)
     smoa.inject(model, TARGETS, **METHODS[method][0])
     label = f"{method} {lr:g} {seed}"
-    train(
-        model,
-        text,
-        steps=STEPS,
-        batch_size=BATCH,
-        lr=lr,
-        weight_decay=0.0,
-        seed=seed,
-        label=label,
-    )
+    list(with_bar(train_steps(model, text, Recipe(STEPS, BATCH, lr, seed=seed)), label, STEPS))
     return model
 
 
@@ -167,7 +159,7 @@ def next_run(arms, records):
 
 def run_all(record, i, n, out):
     """Run what the record lacks, a line a run; process i of n takes every n-th arm."""
-    base, vocabulary = ready_base(out, steps=4000)
+    base, characters = ready_base(out, steps=4000)
     weights = digest(base)
     others = {row["base"] for row in read_records(record)} - {weights}
     if others:
@@ -175,7 +167,7 @@ def run_all(record, i, n, out):
             f"the runs in {record} are of base {', '.join(sorted(others))}, this one is {weights}: "
             "give another --record"
         )
-    plays, held_out = (vocabulary.encode(text, "the corpus") for text in corpus("modern"))
+    plays, held_out = (encode(text, characters, "the corpus") for text in corpus("modern"))
     text, validation = plays[:-100_000], plays[-100_000:]
     healthy = evaluate(base, held_out, limit=1000)
     arms = all_arms()[i - 1 :: n]

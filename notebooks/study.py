@@ -25,23 +25,21 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import smoa  # noqa: E402
+from gpt_mini import Recipe, evaluate, train_steps  # noqa: E402
 from train_shakespeare import (  # noqa: E402
     PRESETS,
     TARGETS,
-    Vocabulary,
     adapter_options,
     corpus,
     errors_in_one_line,
-    evaluate,
     load_texts,
     make_plan,
-    mean_rank,
     open_out,
     pretrain,
     read_base,
     say,
     stop,
-    train,
+    with_bar,
 )
 
 STUDY_STEPS, STUDY_SEEDS, STUDY_WINDOWS = PRESETS["small"]["steps"], 5, 1000
@@ -62,38 +60,36 @@ SHARED_ARMS = [
 
 
 def finished_base(out):
-    """(model, vocabulary, steps) of the finished base in `out` with the most steps, or None."""
+    """(model, characters, steps) of the finished base in `out` with the most steps, or None."""
     best = None
     for path in sorted(Path(out).glob("base-*.pt")):
-        try:
-            model, state = read_base(path)
-        except FloatingPointError:
-            continue
+        model, state = read_base(path)
         finished = state["step"] == state["settings"]["steps"]
-        if finished and (best is None or state["step"] > best[2]):
-            best = model, Vocabulary(state["characters"]), state["step"]
+        sound = state["curve"][-1][1] < 2 * math.log(len(state["characters"]))
+        if finished and sound and (best is None or state["step"] > best[2]):
+            best = model, state["characters"], state["step"]
     return best
 
 
 def ready_base(out, steps=1000):
-    """(model, vocabulary): the finished base in `out`, or a new one, left there as any other.
+    """(model, characters): the finished base in `out`, or a new one, left there as any other.
 
     The one found must have the small preset's width, the corpus's letters and so many steps. A new
     one of 1000 steps takes half a minute.
     """
     found = finished_base(out)
     if found is not None:
-        model, vocabulary, trained = found
+        model, characters, trained = found
         width = PRESETS["small"]["model"]["n_embd"]
         letters = set("".join(corpus("folio")))
-        fits = model.config.n_embd == width and letters <= set(vocabulary.characters)
+        fits = model.config.n_embd == width and letters <= set(characters)
         if fits and trained >= steps:
             print(f"a finished base of {trained} steps from {out}")
-            return model, vocabulary
+            return model, characters
     plan = make_plan(["--out", str(out), "--pretrain-steps", str(steps), "--device", "cpu"])
     plan.out.mkdir(parents=True, exist_ok=True)
     texts = load_texts(plan)
-    return pretrain(plan, texts)[0], texts.vocabulary
+    return pretrain(plan, texts)[0], texts.characters
 
 
 # ---- What is compared ----------------------------------------------------------------------------
@@ -253,7 +249,7 @@ class Best:
         self.model, self.validation, self.windows, self.every = model, validation, windows, every
         self.loss, self.step, self.state = math.inf, None, {}
 
-    def look(self, step, _):
+    def look(self, step):
         if step % self.every:
             return
         loss = evaluate(self.model, self.validation, limit=self.windows)
@@ -278,16 +274,19 @@ def study_run(name, lr, seed, base, texts, preset="small"):
         best = Best(model, validation, windows=300, every=25)
     else:
         best = Best(model, validation, windows=STUDY_WINDOWS, every=steps)
-    recipe = dict(steps=steps, batch_size=plan["batch_size"], lr=lr, seed=seed)
-    recipe["weight_decay"] = 0.1 if arm.variant == "weight decay 0.1" else 0.0
+    decay = 0.1 if arm.variant == "weight decay 0.1" else 0.0
+    recipe = Recipe(steps, plan["batch_size"], lr, weight_decay=decay, seed=seed)
     begin = time.time()
     label = f"{name} {lr:g} {seed}"
-    losses = [math.inf]
+    losses = []
     try:
         text = text[: arm.characters]
-        losses = train(model, text, label=label, after_step=best.look, **recipe)
+        for loss in with_bar(train_steps(model, text, recipe), label, steps):
+            losses.append(loss)
+            best.look(len(losses))
     except FloatingPointError as error:
         say(f"{label}: {error}")
+        losses = [math.inf]
     seconds = time.time() - begin
     row = dict(arm=name, **vars(arm) | dict(steps=steps), lr=lr, seed=seed)
     row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -299,6 +298,26 @@ def study_run(name, lr, seed, base, texts, preset="small"):
         row |= measure(model, texts)
     device = str(next(model.parameters()).device)
     return row | dict(seconds=round(seconds, 1), torch=torch.__version__, device=device)
+
+
+@torch.no_grad()
+def updates(model, base, targets=TARGETS):
+    """{name: delta_W (m, n)} of the target layers, on the CPU; in float64 where it has factors."""
+    deltas = {}
+    for name, linear in base.named_modules():
+        if any(f".{name}".endswith(f".{target}") for target in targets):
+            layer = model.get_submodule(name)
+            if isinstance(layer, smoa.SMoALinear):
+                deltas[name] = copy.deepcopy(layer).cpu().double().delta_weight()
+            else:
+                deltas[name] = (layer.weight - linear.weight).cpu()
+    return deltas
+
+
+def mean_rank(model, base, targets=TARGETS):
+    """Mean numerical rank of the weights' change over the target layers."""
+    deltas = updates(model, base, targets).values()
+    return sum(torch.linalg.matrix_rank(delta).item() for delta in deltas) / len(deltas)
 
 
 def measure(model, texts):

@@ -1,4 +1,6 @@
-"""The tiny GPT, which knows nothing of adapters."""
+"""The tiny GPT and its training, which know nothing of adapters."""
+
+import math
 
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import fill, generator, seeds
 
+import gpt_mini
 import smoa
-from gpt_mini import GPT, GPTConfig, rotate
+from gpt_mini import GPT, GPTConfig, Recipe, batch, evaluate, learning_rate, rotate, train_steps
 
 CONFIG = GPTConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, n_embd=16)
 
@@ -216,3 +219,84 @@ def test_smoa_reaches_the_gpt_by_inject_alone():
     torch.testing.assert_close(adapted(idx)[0], changed, rtol=1e-4, atol=1e-4)
     smoa.unload(adapted)
     assert torch.equal(adapted(idx)[0], before)
+
+
+# ---- Its training --------------------------------------------------------------------------------
+
+
+def tiny():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=16))
+
+
+TEXT = torch.randint(7, (400,), generator=generator(0))
+RECIPE = Recipe(steps=10, batch_size=4, lr=1e-3)
+
+
+def test_a_step_is_taken_for_each_loss_that_is_asked_for():
+    model = tiny()
+    start = model.embed.weight.clone()
+    losses = train_steps(model, TEXT, RECIPE)
+    assert torch.equal(model.embed.weight, start)
+    idx, targets = batch(TEXT, 8, 4, RECIPE.seed, 0)
+    assert next(losses) == pytest.approx(tiny()(idx, targets)[1].item())
+    assert not torch.equal(model.embed.weight, start)
+    assert len([*losses]) == 9
+
+
+def test_what_is_frozen_does_not_train():
+    model = tiny()
+    model.blocks.requires_grad_(False)
+    before = [p.clone() for p in model.parameters()]
+    list(train_steps(model, TEXT, RECIPE))
+    for was, p in zip(before, model.parameters()):
+        assert torch.equal(was, p) == (not p.requires_grad)
+
+
+def test_a_loss_that_is_not_finite_ends_training_and_evaluation():
+    model = tiny()
+    steps = train_steps(model, TEXT, Recipe(steps=10, batch_size=4, lr=1e30))
+    with pytest.raises(FloatingPointError, match="the loss is (nan|inf) at step 2"):
+        list(steps)
+    model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the loss on held-out text is nan"):
+        evaluate(model, TEXT)
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    tokens = torch.arange(1000)
+    idx, targets = batch(tokens, 8, 4, seed=1, step=2)
+    assert torch.equal(idx[:, 1:], targets[:, :-1]) and idx.shape == (4, 8)
+    assert torch.equal(batch(tokens, 8, 4, seed=1, step=2)[0], idx)
+    assert not torch.equal(batch(tokens, 8, 4, seed=1, step=3)[0], idx)
+
+
+def test_evaluation_is_the_mean_loss_of_every_character_that_has_a_context():
+    model, tokens = tiny(), torch.randint(7, (41,))
+    pairs = [(tokens[i : i + 8], tokens[i + 1 : i + 9]) for i in range(0, 40, 8)]
+    by_hand = [model(idx[None], targets[None])[1].item() for idx, targets in pairs]
+    assert evaluate(model, tokens) == pytest.approx(sum(by_hand) / 5, abs=1e-5)
+    assert model.training
+
+
+def test_the_rate_rises_over_a_twentieth_and_falls_to_zero():
+    rates = [learning_rate(step, 100, 2.0) for step in range(101)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and max(rates) == 2.0
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[100] == pytest.approx(0)
+
+
+def test_a_card_that_cannot_compute_is_passed_over_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and is not there
+    assert gpt_mini.choose_device() == torch.device("cpu")
+
+
+def test_training_under_bf16_autocast_stays_close_to_float32(monkeypatch):
+    losses = []
+    for on in (False, True):
+        bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=on)
+        monkeypatch.setattr(gpt_mini, "autocast", lambda device, context=bfloat16: context)
+        model = tiny()
+        smoa.inject(model, ["qkv", "proj", "fc"], rank=4, num_blocks=2)
+        losses.append([*train_steps(model, TEXT, RECIPE), evaluate(model, TEXT)])
+    assert losses[0] != losses[1]
+    assert torch.allclose(*map(torch.tensor, losses), atol=0.02)  # bfloat16 has 8 bits

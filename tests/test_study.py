@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import smoa
 from gpt_mini import GPT, GPTConfig
-from train_shakespeare import LEARNING_RATES, Texts, Vocabulary, make_plan
+from train_shakespeare import LEARNING_RATES, Texts, make_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
 import rescaling  # noqa: E402
@@ -54,7 +54,7 @@ def base():
 def texts(monkeypatch):
     monkeypatch.setattr(study, "VALIDATION", 500)
     tokens = torch.randint(5, (2000,), generator=torch.Generator().manual_seed(0))
-    return Texts(Vocabulary("abcde"), (tokens, tokens), (tokens, tokens), "a")
+    return Texts("abcde", (tokens, tokens), (tokens, tokens), "a")
 
 
 def test_a_record_of_another_base_is_not_gone_on_with(tmp_path, base, texts, capsys):

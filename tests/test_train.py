@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpt_mini
 import smoa
 import train_shakespeare as script
-from gpt_mini import GPT, GPTConfig
+from gpt_mini import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = (("old", "young", "mad"), ("king", "queen", "fool"), ("merry", "here", "slain"))
@@ -103,9 +104,9 @@ def test_a_saved_adapter_gives_its_loss_back_on_the_saved_base(finished):
     model, state = script.read_base(next(finished.glob("base-*.pt")))
     smoa.load(model, finished / "smoa.pt")
     held_out = script.own_text(finished.parent / "text.txt", 64)[1]
-    tokens = script.Vocabulary(state["characters"]).encode(held_out, "the text")
+    tokens = script.encode(held_out, state["characters"], "the text")
     measured = results(finished)["methods"][0]["folio"]
-    assert script.evaluate(model, tokens) == pytest.approx(measured, abs=1e-5)
+    assert evaluate(model, tokens) == pytest.approx(measured, abs=1e-5)
 
 
 def test_a_finished_base_is_reused_and_another_setting_trains_another(short, tmp_path, capsys):
@@ -121,32 +122,6 @@ def test_no_play_is_trained_on_in_either_spelling_and_held_out_in_the_other():
         for name in ("Ophelia", "Banquo", "Caliban"):
             assert name in held_out and name not in train
     assert "haue" in script.corpus("folio")[0] and "haue " not in script.corpus("modern")[0]
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    tokens = torch.arange(1000)
-    idx, targets = script.batch(tokens, 8, 4, seed=1, step=2)
-    assert torch.equal(idx[:, 1:], targets[:, :-1]) and idx.shape == (4, 8)
-    assert torch.equal(script.batch(tokens, 8, 4, seed=1, step=2)[0], idx)
-    assert not torch.equal(script.batch(tokens, 8, 4, seed=1, step=3)[0], idx)
-
-
-def tiny():
-    return GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=16))
-
-
-def test_evaluation_is_the_mean_loss_of_every_character_that_has_a_context():
-    model, tokens = tiny(), torch.randint(7, (41,))
-    pairs = [(tokens[i : i + 8], tokens[i + 1 : i + 9]) for i in range(0, 40, 8)]
-    by_hand = [model(idx[None], targets[None])[1].item() for idx, targets in pairs]
-    assert script.evaluate(model, tokens) == pytest.approx(sum(by_hand) / 5, abs=1e-5)
-    assert model.training
-
-
-def test_the_rate_rises_over_a_twentieth_and_falls_to_zero():
-    rates = [script.learning_rate(step, 100, 2.0) for step in range(101)]
-    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and max(rates) == 2.0
-    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[100] == pytest.approx(0)
 
 
 # ---- It goes on where it was, and shares its work ------------------------------------------------
@@ -321,8 +296,8 @@ BAD_FLAGS = [
     ("--pretrain-steps 0", "--pretrain-steps must be 1 to 2147483647, got 0"),
     ("--batch-size 0", "--batch-size must be 1 to"),
     ("--batch-size 99999999999999999999", "--batch-size must be 1 to"),
-    ("--seed -1", "--seed must be 0 to 4294967295"),
-    ("--seed 18446744073709551616", "--seed must be 0 to 4294967295"),
+    ("--seed -1", "--seed must be 0 to 2147483647"),
+    ("--seed 18446744073709551616", "--seed must be 0 to 2147483647"),
     ("--lr smoa", "--lr: invalid method_rate value: 'smoa'"),
     ("--lr smoa=fast", "'smoa=fast'"),
     ("--lr sgd=0.1", "--lr sgd=0.1: --methods are smoa, lora"),
@@ -435,10 +410,10 @@ def test_a_base_that_is_damaged_or_foreign_is_refused_and_kept(damage, ready, tm
 
 
 def test_a_base_that_cannot_be_read_is_not_called_damaged(ready, monkeypatch, capsys):
-    def refuse(*_, **options):
+    def refuse(_):
         raise PermissionError(13, "Permission denied", "base.pt")
 
-    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     assert error_line(ready, capsys) == "error: [Errno 13] Permission denied: 'base.pt'"
 
 
@@ -495,14 +470,9 @@ def test_a_full_disk_under_the_output_is_one_line_of_error(ready, monkeypatch, c
 
 def test_the_default_is_the_small_preset_on_every_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(script, "choose_device", torch.device)
+    monkeypatch.setattr(gpt_mini, "choose_device", torch.device)
     assert script.make_plan(["--device", "cuda"]).model == script.PRESETS["small"]["model"]
     assert script.make_plan(["--device", "cuda", "--preset", "large"]).model["n_embd"] == 384
-
-
-def test_a_card_that_cannot_compute_is_passed_over_for_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and is not there
-    assert script.choose_device(None) == torch.device("cpu")
 
 
 def test_quick_shortens_what_is_not_given_and_keeps_to_a_folder_of_its_own():
@@ -510,20 +480,6 @@ def test_quick_shortens_what_is_not_given_and_keeps_to_a_folder_of_its_own():
     assert quick.pretrain_steps == 1000 and quick.steps == 100
     assert quick.out == Path("out/quick")
     assert script.make_plan(["--quick", "--steps", "7"]).steps == 7
-
-
-def test_training_under_bf16_autocast_stays_close_to_float32(monkeypatch):
-    tokens = torch.randint(7, (400,), generator=torch.Generator().manual_seed(0))
-    recipe = dict(label="", steps=10, batch_size=4, lr=1e-3, weight_decay=0.0, seed=0)
-    losses = []
-    for on in (False, True):
-        bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=on)
-        monkeypatch.setattr(script, "autocast", lambda device, context=bfloat16: context)
-        torch.manual_seed(0)
-        model = script.prepare(tiny(), "smoa", rank=2, blocks=2)
-        losses.append(script.train(model, tokens, **recipe) + [script.evaluate(model, tokens)])
-    assert losses[0] != losses[1]
-    assert torch.allclose(*map(torch.tensor, losses), atol=0.02)  # bfloat16 has 8 bits
 
 
 ACCELERATORS = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
