@@ -49,9 +49,9 @@ PRESETS = {
 # fmt: on
 QUICK = dict(pretrain_steps=1000, steps=100, out=Path("out/quick"))
 
-# Each the best of its own method's sweep at rank 4, in notebooks/study.jsonl and study_large.jsonl
-# (one seed, SMoA with 2 blocks, HiRA's at the edge of its sweep; LoRA breaks down at 0.03). The
-# multiplicative methods step in units of |W0|: one rate for all would decide the contest.
+# Best at rank 4 by validation: notebooks/study.jsonl, study_large.jsonl. "large": one seed, SMoA in
+# 2 blocks, HiRA's at the edge of its sweep, LoRA's below the best, 0.02, as it breaks down at 0.03.
+# The multiplicative methods step in units of |W0|: one rate for all would decide the contest.
 LEARNING_RATES = {
     "small": dict(smoa=0.1, hira=0.1, lora=0.03, melora=0.03, full=0.004),
     "large": dict(smoa=0.1, hira=0.03, lora=0.01, melora=0.02, full=0.0005),
@@ -60,7 +60,7 @@ TARGETS = ["qkv", "proj", "fc"]  # all linear layers but the head, which is tied
 CHECKPOINTS = 8  # of the base
 HELD_OUT = ("hamlet", "macbeth", "tempest")
 POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix", "rape_of_lucrece", "sonnets")
-TEST_WINDOWS = 2000  # of the held-out text, evenly spread: a third of the plays, for seconds
+TEST_WINDOWS = 2000  # of the held-out text, evenly spread: of 64 characters, a third of the plays
 PROMPT = "My lord, I have "
 SAMPLE_LENGTH = 300  # characters
 
@@ -78,9 +78,9 @@ def make_plan(argv=None):
     add("--quick", action="store_true", help="1000 steps for the base, 100 a method; in out/quick")
     add("--methods", nargs="+", choices=list(LEARNING_RATES["small"]), default=["smoa", "lora"],
         help="what adapts the base (smoa lora)")
-    add("--rank", type=int, default=4, help="LoRA's; the others train equally many parameters (4)")
+    add("--rank", type=int, default=4, help="LoRA's; other adapters train as many parameters (4)")
     add("--blocks", type=int, default=4, help="K of smoa and melora (4)")
-    add("--lr", type=method_rate, nargs="+", default=[], metavar="METHOD=RATE",
+    add("--lr", type=method_rate, nargs="+", action="extend", default=[], metavar="METHOD=RATE",
         help="peak learning rates (each its method's own best for the preset)")
     add("--preset", choices=list(PRESETS), default="small", help="size of the model (small)")
     add("--pretrain-lr", type=float, help="peak rate of the base (the preset's)")
@@ -93,23 +93,24 @@ def make_plan(argv=None):
     add("--adapt-data", metavar="FILE", help="UTF-8 text to adapt to (the First Folio)")
     add("--out", type=Path, default=Path("out"), help="folder of all that is written (out)")
     # fmt: on
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # once for the preset, and again over its values
     parser.set_defaults(**PRESETS[args.preset] | (QUICK if args.quick else {}))
-    plan = parser.parse_args(argv)  # again: what is given goes before the preset
+    plan = parser.parse_args(argv)
     for name in ("rank", "blocks", "steps", "pretrain_steps", "batch_size", "seed"):
         least = 0 if name == "seed" else 1
         most = plan.model["n_embd"] if name in ("rank", "blocks") else 2**31 - 1
         if not least <= getattr(plan, name) <= most:
             flag = name.replace("_", "-")
             stop(f"--{flag} must be {least} to {most}, got {getattr(plan, name)}")
-    if plan.batch_size % gpt_mini.process()[1]:
-        stop(f"{gpt_mini.process()[1]} processes cannot share a --batch-size of {plan.batch_size}")
+    _, world = gpt_mini.rank_and_world()
+    if plan.batch_size % world:
+        stop(f"{world} processes cannot share a --batch-size of {plan.batch_size}")
     if len(set(plan.methods)) < len(plan.methods):
         stop(f"--methods names one twice: {' '.join(plan.methods)}")
-    given = dict(plan.lr)
-    for method in given.keys() - set(plan.methods):
-        stop(f"--lr {method}={given[method]:g}: --methods are {', '.join(plan.methods)}")
-    plan.lr = LEARNING_RATES[plan.preset] | given
+    named = [method for method, _ in plan.lr]
+    if len(set(named)) < len(named) or not set(named) <= set(plan.methods):
+        stop(f"--lr must name some of {', '.join(plan.methods)}, each once; got {', '.join(named)}")
+    plan.lr = LEARNING_RATES[plan.preset] | dict(plan.lr)
     for name, rate in {"--pretrain-lr": plan.pretrain_lr, **plan.lr}.items():
         if not 0 < rate < math.inf:
             stop(f"a rate must be positive and finite, got {rate} for {name}")
@@ -141,9 +142,10 @@ def load_texts(plan):
     context = plan.model["block_size"]
     modern = corpus("modern") if plan.data is None else own_text(plan.data, context)
     folio = corpus("folio") if plan.adapt_data is None else own_text(plan.adapt_data, context)
-    # The corpus base knows the Folio's characters; a base on one's own text knows what that has.
+    # Any base knows the Folio's characters, but where both texts are one's own.
     own = plan.data is not None and plan.adapt_data is not None
-    characters = "".join(sorted(set("".join(modern if own else modern + corpus("folio")))))
+    known = modern if own else modern + corpus("folio")
+    characters = "".join(sorted(set("".join(known))))
     return Texts(
         characters,
         [encode(text, characters, plan.data or "the corpus") for text in modern],
@@ -195,54 +197,48 @@ def encode(text, characters, source):
 
 def pretrain(plan, texts):
     """The base and its curve, [(step, loss)]: an earlier run's, finished or not, or a new one."""
-    settings = base_settings(plan, texts)
+    steps, seed = plan.pretrain_steps, plan.seed
+    recipe = gpt_mini.Recipe(steps, plan.batch_size, plan.pretrain_lr, weight_decay=0.1, seed=seed)
+    settings = base_settings(plan, texts, recipe)
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = plan.out / f"base-{name}.pt"
+    if path.exists():
+        model, state = read_base(path, settings)
+        say(f"base: {path}, {state['step']} of {steps} steps done")
+    else:
+        torch.manual_seed(seed)
+        model = gpt_mini.GPT(gpt_mini.GPTConfig(**settings["model"]))
+        state = dict(settings=settings, characters=texts.characters, step=0, curve=[])
     try:
-        if path.exists():
-            model, state = read_base(path, settings)
-            say(f"base: {path}, from step {state['step']} of {plan.pretrain_steps}")
-        else:
-            torch.manual_seed(plan.seed)
-            model = gpt_mini.GPT(gpt_mini.GPTConfig(**settings["model"]))
-            state = dict(settings=settings, characters=texts.characters, step=0, curve=[])
-        train_base(model.to(plan.device), plan, texts, state, path)
-        loss = state["curve"][-1][1]
-        if not loss <= 2 * math.log(len(texts.characters)):  # twice that of guessing, or no number
-            raise FloatingPointError(f"the loss on held-out text is {loss:.3g}")
+        train_base(model.to(plan.device), texts, recipe, state, path)
+        if not state["loss"] <= 2 * math.log(len(texts.characters)):  # twice that of guessing
+            raise FloatingPointError(f"its last loss in training is {state['loss']:.3g}")
     except FloatingPointError as error:
         stop(f"the base diverged ({error}): give less than --pretrain-lr {plan.pretrain_lr:g}")
     return model, state["curve"]
 
 
-def base_settings(plan, texts):
-    """All that decides what the base and its curve become; its file is named by their hash."""
+def base_settings(plan, texts, recipe):
+    """What decides the base and its curve, beside this code: a hash of it names the base's file."""
     text = texts.characters.encode() + torch.cat(texts.modern).numpy().tobytes()
-    return dict(
-        model=vars(gpt_mini.GPTConfig(vocab_size=len(texts.characters), **plan.model)),
-        text=hashlib.sha256(text).hexdigest(),
-        steps=plan.pretrain_steps,
-        batch_size=plan.batch_size,
-        lr=plan.pretrain_lr,
-        seed=plan.seed,
-    )
+    config = gpt_mini.GPTConfig(vocab_size=len(texts.characters), **plan.model)
+    return dict(model=vars(config), recipe=vars(recipe), text=hashlib.sha256(text).hexdigest())
 
 
-def train_base(model, plan, texts, state, path):
-    """From where its checkpoint stands to the end, with a checkpoint at every eighth of the way."""
-    steps, first, seed = plan.pretrain_steps, state["step"], plan.seed
-    recipe = gpt_mini.Recipe(steps, plan.batch_size, plan.pretrain_lr, weight_decay=0.1, seed=seed)
+def train_base(model, texts, recipe, state, path):
+    """Train from the step that `state` has come to, and keep it and the file up to date."""
+    done = state["step"]
     optimizer = gpt_mini.make_optimizer(model, recipe.weight_decay)
-    if first > 0:
+    if done > 0:
         optimizer.load_state_dict(state["optimizer"])
-    losses = gpt_mini.train_steps(model, texts.modern[0], recipe, optimizer=optimizer, first=first)
-    for step, _ in enumerate(with_bar(losses, "base", steps, first), first + 1):
-        if step % max(1, steps // CHECKPOINTS) == 0 or step == steps:
-            loss = gpt_mini.evaluate(model, texts.modern[1], limit=TEST_WINDOWS // 4)
-            state["step"] = step
-            state["curve"].append((step, loss))
+    losses = gpt_mini.train_steps(model, texts.modern[0], recipe, optimizer=optimizer, done=done)
+    for step, loss in enumerate(with_bar(losses, "base", recipe.steps, done), done + 1):
+        if step * CHECKPOINTS // recipe.steps > (step - 1) * CHECKPOINTS // recipe.steps:
+            held_out = gpt_mini.evaluate(model, texts.modern[1], limit=TEST_WINDOWS // 4)
+            state["step"], state["loss"] = step, loss
+            state["curve"].append((step, held_out))
             write(path, state | dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
-            say(f"  step {step}: {loss:.4f} on a part of the held-out text")
+            say(f"  step {step}: {held_out:.4f} on a part of the held-out text")
 
 
 def read_base(path, settings=None):
@@ -253,10 +249,11 @@ def read_base(path, settings=None):
         model = gpt_mini.GPT(gpt_mini.GPTConfig(**state["settings"]["model"]))
         model.load_state_dict(state["model"])
         gpt_mini.make_optimizer(model, 0.0).load_state_dict(state["optimizer"])
-        whole = state["curve"][-1][0] == state["step"] <= state["settings"]["steps"]
-        if not whole or settings not in (None, state["settings"]):
-            raise ValueError
+        whole = state["curve"][-1][0] == state["step"] <= state["settings"]["recipe"]["steps"]
+        ours = settings is None or settings == state["settings"]
     except Exception:
+        whole = ours = False
+    if not (whole and ours and "loss" in state):
         stop(f"{path} is no whole checkpoint of this base; move it away to train a new one")
     return model, state
 
@@ -284,16 +281,16 @@ def prepare(base, method, rank, blocks):
 
 
 def run_method(plan, texts, base, method):
-    """Adapt a copy of the base, measure it, save it. (row of the results, what it then writes)."""
+    """Adapt a copy of the base, measure it, save it. Its row of the results, and a sample."""
     path = plan.out / f"{method}.pt"
-    row = dict(method=method, lr=plan.lr[method])
+    row = dict(method=method, lr=plan.lr[method], losses=[])
     recipe = gpt_mini.Recipe(plan.steps, plan.batch_size, row["lr"], seed=plan.seed)
     torch.manual_seed(plan.seed)
     try:
         model = prepare(base, method, plan.rank, plan.blocks)
         begin = time.perf_counter()
         losses = gpt_mini.train_steps(model, texts.folio[0], recipe)
-        row["losses"] = list(with_bar(losses, method, plan.steps))
+        row["losses"].extend(with_bar(losses, method, plan.steps))
         row["ms"] = 1000 * (time.perf_counter() - begin) / plan.steps
         row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         row["rank"] = mean_rank(model)
@@ -304,7 +301,7 @@ def run_method(plan, texts, base, method):
         return row | dict(diverged=reason), f"it diverged: {reason}"
     if method == "full":
         write(path, model.state_dict())
-    elif gpt_mini.process()[0] == 0:
+    elif gpt_mini.is_first():
         smoa.save(model, path)
     smoa.merge(model)  # samples at the base's own speed
     return row, sample(model, texts.characters, texts.prompt, plan.seed, SAMPLE_LENGTH)
@@ -316,7 +313,7 @@ def mean_rank(model):
     for _, layer in smoa.adapters(model):
         delta_W = copy.deepcopy(layer).cpu().double().delta_weight()
         ranks.append(torch.linalg.matrix_rank(delta_W).item())
-    return round(sum(ranks) / len(ranks), 1) if ranks else None
+    return sum(ranks) / len(ranks) if ranks else None
 
 
 def measure(model, texts):
@@ -341,7 +338,7 @@ def write(path, content):
     """What torch.save makes of the content, in one file, whole or not at all; by one process."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    if gpt_mini.process()[0] == 0:
+    if gpt_mini.is_first():
         smoa.write_whole(path, buffer.getvalue())
 
 
@@ -357,18 +354,18 @@ def open_out(plan):
 
 def with_bar(losses, label, steps, first=0):
     """The losses as they come, and a bar of the steps: in one process, on a terminal only."""
-    hide = gpt_mini.process()[0] > 0 or None  # None looks for a terminal
+    hide = None if gpt_mini.is_first() else True  # None: hidden unless on a terminal
     return tqdm(losses, label, total=steps, initial=first, unit="step", disable=hide)
 
 
 def say(text):
     """Print above any progress bar, in one process. A reader that leaves (`| head`) ends no run."""
-    if gpt_mini.process()[0] > 0:
+    if not gpt_mini.is_first():
         return
     try:
         tqdm.write(text)
         sys.stdout.flush()
-    except OSError as error:
+    except OSError as error:  # and the exit must not try once more to write this text
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.ENOSPC:
             raise
@@ -376,16 +373,16 @@ def say(text):
 
 def stop(message):
     """End the command for what the person at the keyboard can put right: one line, exit code 2."""
-    if gpt_mini.process()[0] == 0:
-        print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def errors_in_one_line():
     """What the person at the keyboard can put right ends the command in one line, exit code 2."""
-    if sys.stdout is None:  # closed
-        sys.stdout = open(os.devnull, "w")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show, it shows as its code
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -393,7 +390,8 @@ def errors_in_one_line():
     except (OSError, FloatingPointError) as error:  # a full disk, say
         stop(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        signs = ("allocate", "out of memory", "ALLOC_FAILED")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
             raise
         stop("out of memory: give a smaller --batch-size, or another --preset or --device")
 
@@ -408,7 +406,8 @@ def report(results):
             line += f"  diverged: {row['diverged']}"
         else:
             share = row["trainable"] / results["parameters"]
-            line += f"{row['trainable']:11,}{share:7.1%}{row['rank'] or '-':>12}"
+            rank = "-" if row["rank"] is None else f"{row['rank']:.1f}"
+            line += f"{row['trainable']:11,}{share:7.1%}{rank:>12}"
             for text in ("folio", "modern"):
                 line += f"  {results['base'][text]:.3f} -> {row[text]:.3f}"
             line += f"{row['ms']:11.0f}"
@@ -432,7 +431,7 @@ def run(plan):
     for method in plan.methods:
         row, samples[method] = run_method(plan, texts, base, method)
         results["methods"].append(row)
-        if gpt_mini.process()[0] == 0:
+        if gpt_mini.is_first():
             content = json.dumps(results, indent=2, default=str)
             smoa.write_whole(plan.out / "results.json", content.encode())
     for name, text in samples.items():
@@ -442,7 +441,7 @@ def run(plan):
 
 
 def main(argv=None):
-    with gpt_mini.processes(), errors_in_one_line():
+    with gpt_mini.process_group(), errors_in_one_line():
         run(make_plan(argv))
 
 

@@ -64,8 +64,8 @@ def finished_base(out):
     best = None
     for path in sorted(Path(out).glob("base-*.pt")):
         model, state = read_base(path)
-        finished = state["step"] == state["settings"]["steps"]
-        sound = state["curve"][-1][1] < 2 * math.log(len(state["characters"]))
+        finished = state["step"] == state["settings"]["recipe"]["steps"]
+        sound = state["loss"] <= 2 * math.log(len(state["characters"]))
         if finished and sound and (best is None or state["step"] > best[2]):
             best = model, state["characters"], state["step"]
     return best

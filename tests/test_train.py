@@ -113,7 +113,7 @@ def test_a_finished_base_is_reused_and_another_setting_trains_another(short, tmp
     for steps, bases in (("4", 1), ("4", 1), ("5", 2)):
         script.main([*short, "--pretrain-steps", steps])
         assert len(list((tmp_path / "out").glob("base-*.pt"))) == bases
-    assert capsys.readouterr().out.count("from step 4 of 4") == 1
+    assert capsys.readouterr().out.count("4 of 4 steps done") == 1
 
 
 def test_no_play_is_trained_on_in_either_spelling_and_held_out_in_the_other():
@@ -173,7 +173,7 @@ def test_a_run_stopped_in_pretraining_ends_as_an_uninterrupted_one(
     assert not (tmp_path / "out" / "results.json").exists()
     script.main(arguments)
     printed = capsys.readouterr().out
-    assert ", from step " in printed and "from step 80 of 80" not in printed
+    assert " of 80 steps done" in printed and "80 of 80 steps done" not in printed
     whole, gone_on = uninterrupted, results(tmp_path / "out")
     assert whole["pretraining"] == gone_on["pretraining"]  # to the last bit
     assert whole["methods"][0]["losses"] == gone_on["methods"][0]["losses"]
@@ -200,6 +200,7 @@ def test_a_method_that_diverges_gets_a_row_and_the_others_keep_theirs(ready, tmp
     script.main([*ready, "--methods", "lora", "full", "smoa", "--lr", "full=1e30"])
     rows = {row["method"]: row for row in results(tmp_path / "out")["methods"]}
     assert "is nan" in rows["full"]["diverged"] and "diverged: " in capsys.readouterr().out
+    assert 0 < len(rows["full"]["losses"]) < 4  # up to there
     assert all(math.isfinite(rows[method]["folio"]) for method in ("lora", "smoa"))
     assert not (tmp_path / "out" / "full.pt").exists()
 
@@ -232,11 +233,26 @@ def test_a_base_that_diverges_is_an_error_that_names_the_rate(short, tmp_path, c
     assert not list((tmp_path / "out").glob("base-*.pt"))
 
 
+def test_a_held_out_text_unlike_the_rest_is_no_divergence(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt_mini, "evaluate", lambda *_, **options: 40.0)
+    script.main(short)
+    assert results(tmp_path / "out")["pretraining"][-1] == [16, 40.0]
+
+
+@pytest.mark.parametrize("kept", [script.CHECKPOINTS, 3])
+def test_a_base_has_checkpoints_evenly_spread_to_its_end(kept, short, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "CHECKPOINTS", kept)
+    script.main([*short, "--pretrain-steps", "19"])
+    steps = [step for step, _ in results(tmp_path / "out")["pretraining"]]
+    assert len(steps) == kept and steps[-1] == 19
+    assert max(b - a for a, b in zip([0, *steps], steps)) == math.ceil(19 / kept)
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 40.0])
 def test_a_diverged_base_on_disk_is_never_taken_for_a_finished_one(loss, ready, tmp_path, capsys):
     path = next((tmp_path / "out").glob("base-*.pt"))
     checkpoint = torch.load(path, weights_only=True)
-    torch.save(checkpoint | dict(curve=[(16, loss)]), path)
+    torch.save(checkpoint | dict(loss=loss), path)
     error = error_line(ready, capsys)
     assert "the base diverged" in error and "--pretrain-lr 0.006" in error
 
@@ -300,8 +316,9 @@ BAD_FLAGS = [
     ("--seed 18446744073709551616", "--seed must be 0 to 2147483647"),
     ("--lr smoa", "--lr: invalid method_rate value: 'smoa'"),
     ("--lr smoa=fast", "'smoa=fast'"),
-    ("--lr sgd=0.1", "--lr sgd=0.1: --methods are smoa, lora"),
-    ("--lr hira=5 --methods lora", "--lr hira=5: --methods are lora"),
+    ("--lr sgd=0.1", "--lr must name some of smoa, lora, each once; got sgd"),
+    ("--lr hira=5 --methods lora", "--lr must name some of lora, each once; got hira"),
+    ("--lr smoa=0.2 --lr lora=0.1 smoa=0.3", "each once; got smoa, lora, smoa"),
     ("--methods lora smoa lora", "--methods names one twice: lora smoa lora"),
     ("--lr smoa=-1", "positive and finite, got -1.0 for smoa"),
     ("--lr smoa=nan", "positive and finite"),
@@ -359,8 +376,9 @@ def test_a_full_disk_is_one_line_of_error(short, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")],
-    ids=["Python", "CPU", "CUDA"],
+     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+     RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+    ids=["Python", "CPU", "CUDA", "cuBLAS"],
 )  # fmt: skip
 def test_too_little_memory_is_one_line_of_error(error, short, monkeypatch, capsys):
     def fail(*_):
@@ -403,7 +421,7 @@ def test_a_base_that_is_damaged_or_foreign_is_refused_and_kept(damage, ready, tm
     elif damage == "at an impossible step":
         torch.save(checkpoint | dict(step=17), path)
     else:
-        torch.save(checkpoint | dict(settings=checkpoint["settings"] | dict(seed=7)), path)
+        torch.save(checkpoint | dict(settings=checkpoint["settings"] | dict(text="")), path)
     before = path.read_bytes()
     assert DAMAGES[damage] in error_line(ready, capsys)
     assert path.read_bytes() == before
@@ -420,9 +438,10 @@ def test_a_base_that_cannot_be_read_is_not_called_damaged(ready, monkeypatch, ca
 def test_another_held_out_text_is_another_base(own_text):
     plan = script.make_plan(list(map(str, own_text)))
     texts = script.load_texts(plan)
-    settings = script.base_settings(plan, texts)
+    recipe = gpt_mini.Recipe(steps=1, batch_size=1, lr=0.1)
+    settings = script.base_settings(plan, texts, recipe)
     texts.modern[1] = texts.modern[1].flip(0)
-    assert script.base_settings(plan, texts)["text"] != settings["text"]
+    assert script.base_settings(plan, texts, recipe)["text"] != settings["text"]
 
 
 # ---- What is printed cannot lose what was computed -----------------------------------------------
@@ -452,9 +471,10 @@ def test_a_reader_that_goes_away_loses_no_run(ready, tmp_path, monkeypatch):
     assert results(tmp_path / "out")["methods"][0]["method"] == "lora"
 
 
-def test_a_closed_output_loses_no_run(ready, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_output_loses_no_run(stream, ready, tmp_path, monkeypatch):
     (tmp_path / "out" / "results.json").unlink()
-    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, stream, None)
     script.main(ready)
     assert results(tmp_path / "out")["methods"][0]["method"] == "lora"
 
