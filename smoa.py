@@ -1564,14 +1564,15 @@ def _lean_forward(layer, x):  # (..., n) -> (..., m)
         few = LEAN_ABOVE * (8 if x.is_cuda else 1)
         if layer.base.weight.numel() > few:
             return _product(layer, x, add_W0=True)
-        parts = layer.scale, layer.rows, layer.cols, layer.A, layer.B
-        return F.linear(x, _summed_weight(layer.original_weight(), *parts), layer.bias)
+        orders = layer.row_order.to(x.device), layer.col_order.to(x.device)
+        W = _summed_weight(layer.original_weight(), layer.scale, *orders, layer.A, layer.B)
+        return F.linear(x, W, layer.bias)
     z = F.dropout(x, layer.dropout, layer.training)
     z = z.to(_matmul_dtype(z))
     if layer.modulate:
         return layer.base(x) + _product(layer, z, add_W0=False)
     # LoRA, MELoRA: a thin detour, first to (..., r)
-    A, B = _stacked(layer.rows, layer.cols, layer.A, layer.B)
+    A, B = _stacked(layer.row_order.to(x.device), layer.col_order.to(x.device), layer.A, layer.B)
     return layer.base(x) + layer.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
 
 
@@ -1606,7 +1607,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(x, W0, bias, row_order, col_order, K, scale, add_W0, *factors):
         factors = [factor.detach() for factor in factors]  # linearize takes them for constants
-        parts = _parts(row_order, col_order, K, scale, factors)
+        parts = scale, row_order, col_order, factors[:K], factors[K:]
         with _no_autocast(x.device):
             if add_W0:
                 return F.linear(x, _summed_weight(W0, *parts), bias)
@@ -1621,28 +1622,28 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):  # (T, m)
         x, W0, row_order, col_order, *factors = ctx.saved_tensors  # (T, n), (m, n)
-        scale, rows, cols, A, B = _parts(row_order, col_order, ctx.K, ctx.scale, factors)
+        scale, A, B = ctx.scale, factors[: ctx.K], factors[ctx.K :]
         dx = None
         dx_blocks, dA, dB = [], [], []
         with _no_autocast(g.device):
             if ctx.needs_input_grad[0] and ctx.add_W0:
-                W = _summed_weight(W0, scale, rows, cols, A, B)
+                W = _summed_weight(W0, scale, row_order, col_order, A, B)
                 dx = g @ W.to(g.dtype)  # (T, m) @ (m, n)
-            for rows_k, cols_k, A_k, B_k in _batches(rows, cols, A, B):
+            for rows_k, cols_k, A_k, B_k in _batches(row_order, col_order, A, B):
                 M_k = _submatrices(W0, rows_k, cols_k).to(A_k.dtype)
                 g_k = _columns(g, rows_k)  # (G, T, m_k)
                 x_k = _columns(x, cols_k).to(g.dtype)  # (G, T, n_k)
                 G_k = _matmul(g_k.mT, x_k).to(A_k.dtype) * M_k  # (G, m_k, T) @ (G, T, n_k)
-                dA.extend((scale * (B_k.mT @ G_k)).unbind())
-                dB.extend((scale * (G_k @ A_k.mT)).unbind())
+                dA.extend((scale * torch.bmm(B_k.mT, G_k)).unbind())
+                dB.extend((scale * torch.bmm(G_k, A_k.mT)).unbind())
                 if ctx.needs_input_grad[0] and not ctx.add_W0:
-                    D_k = (scale * (B_k @ A_k) * M_k).to(g.dtype)
+                    D_k = (scale * torch.bmm(B_k, A_k) * M_k).to(g.dtype)
                     dx_blocks.append(_matmul(g_k, D_k))  # (G, T, m_k) @ (G, m_k, n_k)
             if dx_blocks:
-                dx = _put_together(dx_blocks, cols)
+                dx = _put_together(dx_blocks, col_order)
             dW0 = dbias = None
             if ctx.needs_input_grad[1]:  # vmap over models hides from `_is_bare` what trains
-                factor = _summed_weight(torch.ones_like(W0), scale, rows, cols, A, B)
+                factor = _summed_weight(torch.ones_like(W0), scale, row_order, col_order, A, B)
                 dW0 = (g.mT @ x.to(g.dtype)).to(W0.dtype) * (factor if ctx.add_W0 else factor - 1)
             if ctx.needs_input_grad[2]:
                 dbias = g.sum(0)
@@ -1656,34 +1657,30 @@ class _ProductWithTangents(_Product):
     def jvp(ctx, x_t, W0_t, bias_t, _rows, _cols, _K, _scale, _add_W0, *factors_t):
         """Linear in x, in W0, in A and in B: one term for the tangent of each."""
         x, W0, row_order, col_order, *factors = ctx.saved_tensors
-        scale, rows, cols, A, B = _parts(row_order, col_order, ctx.K, ctx.scale, factors)
+        A, B = factors[: ctx.K], factors[ctx.K :]
+        orders = ctx.scale, row_order, col_order
         A_t, B_t = factors_t[: ctx.K], factors_t[ctx.K :]
         with _no_autocast(x.device):
-            y_t = _block_product(x_t, W0, scale, rows, cols, A, B)
-            y_t = y_t + _block_product(x, W0_t, scale, rows, cols, A, B)
-            y_t = y_t + _block_product(x, W0, scale, rows, cols, A_t, B)
-            y_t = y_t + _block_product(x, W0, scale, rows, cols, A, B_t)
+            y_t = _block_product(x_t, W0, *orders, A, B)
+            y_t = y_t + _block_product(x, W0_t, *orders, A, B)
+            y_t = y_t + _block_product(x, W0, *orders, A_t, B)
+            y_t = y_t + _block_product(x, W0, *orders, A, B_t)
             if ctx.add_W0:
                 y_t = y_t + F.linear(x_t, W0, bias_t) + F.linear(x, W0_t)
         return y_t
 
 
-def _parts(row_order, col_order, K, scale, factors):
-    """(scale, rows, cols, A, B) of what a Function can take and save."""
-    return scale, row_order.tensor_split(K), col_order.tensor_split(K), factors[:K], factors[K:]
-
-
-def _stacked(rows, cols, A, B):
+def _stacked(row_order, col_order, A, B):
     """The pairs as one, A (r, n) and B (m, r): B A is B_k A_k in the blocks and 0 elsewhere."""
     A, B = torch.block_diag(*A), torch.block_diag(*B)  # in spectral order
-    A = torch.empty_like(A).index_copy(1, torch.cat(cols), A)
-    B = torch.empty_like(B).index_copy(0, torch.cat(rows), B)
+    A = torch.empty_like(A).index_copy(1, col_order, A)
+    B = torch.empty_like(B).index_copy(0, row_order, B)
     return A, B
 
 
-def _summed_weight(W0, scale, rows, cols, A, B):
+def _summed_weight(W0, scale, row_order, col_order, A, B):
     """W0 + delta_W = W0 * (1 + scale B A), (m, n), by one product of the stacked pairs."""
-    A, B = (factors.to(W0.dtype) for factors in _stacked(rows, cols, A, B))
+    A, B = (factors.to(W0.dtype) for factors in _stacked(row_order, col_order, A, B))
     with _no_autocast(W0.device):
         one = W0.new_ones(())
         if W0.is_contiguous():
@@ -1695,7 +1692,7 @@ def _summed_weight(W0, scale, rows, cols, A, B):
     return factor.mul_(W0)  # nobody watches: no second buffer of W0's size
 
 
-def _batches(rows, cols, A, B):
+def _batches(row_order, col_order, A, B):
     """Neighbouring blocks of one shape, G at a time: small ones cost less together.
 
     Large ones do not on a CPU. An H200 takes half the time for eight blocks of a 4096 x 4096 weight
@@ -1703,39 +1700,49 @@ def _batches(rows, cols, A, B):
     A list of rows_k (G, m_k), cols_k (G, n_k), A_k (G, r_k, n_k), B_k (G, m_k, r_k).
     """
     most = 2**18 if A[0].device.type == "cpu" else 2**24  # weights in a batch
-    batches = []
-    for block in zip(rows, cols, A, B):
-        shapes = [part.shape for part in block]
-        (m_k,), (n_k,) = shapes[:2]
-        fits = batches and (len(batches[-1]) + 1) * m_k * n_k <= most
-        if fits and shapes == [part.shape for part in batches[-1][0]]:
-            batches[-1].append(block)
+    groups = []
+    for pair in zip(A, B):
+        shapes = [factor.shape for factor in pair]
+        (_, n_k), (m_k, _) = shapes
+        fits = groups and (len(groups[-1]) + 1) * m_k * n_k <= most
+        if fits and shapes == [factor.shape for factor in groups[-1][0]]:
+            groups[-1].append(pair)
         else:
-            batches.append([block])
-    return [[torch.stack(parts) for parts in zip(*batch)] for batch in batches]
+            groups.append([pair])
+    batches = []
+    for group in groups:
+        A_k, B_k = (torch.stack(factors) for factors in zip(*group))
+        rows_k, row_order = _first(row_order, *B_k.shape[:2])
+        cols_k, col_order = _first(col_order, len(A_k), A_k.shape[2])
+        batches.append((rows_k, cols_k, A_k, B_k))
+    return batches
 
 
-def _block_product(x, W0, scale, rows, cols, A, B):
+def _first(order, G, size):
+    """The first G pieces of an order, (G, size), and what is left of it."""
+    return order[: G * size].view(G, size), order[G * size :]
+
+
+def _block_product(x, W0, scale, row_order, col_order, A, B):
     """x delta_W^T without the zeros of delta_W, (T, n) -> (T, m)."""
     y = []
-    for rows_k, cols_k, A_k, B_k in _batches(rows, cols, A, B):
-        D_k = scale * (B_k @ A_k) * _submatrices(W0, rows_k, cols_k)
+    for rows_k, cols_k, A_k, B_k in _batches(row_order, col_order, A, B):
+        D_k = scale * torch.bmm(B_k, A_k) * _submatrices(W0, rows_k, cols_k)
         y.append(_matmul(_columns(x, cols_k), D_k.to(x.dtype).mT))  # (G, T, n_k) @ (G, n_k, m_k)
-    return _put_together(y, rows)
+    return _put_together(y, row_order)
 
 
 def _matmul(X, Y):
     """X @ Y for a batch. A batch of one as matrices: those need no copy of what is transposed."""
-    return X @ Y if len(X) > 1 else (X[0] @ Y[0])[None]
+    return torch.bmm(X, Y) if len(X) > 1 else torch.mm(X[0], Y[0])[None]
 
 
-def _put_together(batches, pieces):
+def _put_together(batches, order):
     """The columns of K blocks, (G, T, m_k) a batch, each in its place in (T, m)."""
     y = []
     for batch in batches:
         G, T, m_k = batch.shape
         y.append(batch.transpose(0, 1).reshape(T, G * m_k))
-    order = torch.cat(pieces)
     # Where each column goes: argsort(order), in a tenth of its time.
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
     return _columns(torch.cat(y, -1), place[None])[0]
