@@ -1550,6 +1550,11 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 # On a card up to eight times as many: so an H200 takes two thirds of the time for 1536 x 576, and
 # keeps W0 + delta_W for the backward.
 
+# Where x delta_W^T is sooner multiplied with all its zeros than gathered by blocks.
+DENSE = {("cuda", torch.float16), ("cuda", torch.bfloat16)}
+if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+    DENSE.add(("cpu", torch.bfloat16))
+
 
 def _is_bare(base):
     """Whether a base is a linear layer and no more: no hook, forward or gradient of its own."""
@@ -1611,6 +1616,8 @@ class _Product(torch.autograd.Function):
         with _no_autocast(x.device):
             if add_W0:
                 return F.linear(x, _summed_weight(W0, *parts), bias)
+            if (x.device.type, x.dtype) in DENSE:
+                return F.linear(x, _dense_delta(W0, x.dtype, *parts)[0])
             return _block_product(x, W0, *parts)
 
     @staticmethod
@@ -1625,11 +1632,21 @@ class _Product(torch.autograd.Function):
         scale, A, B = ctx.scale, factors[: ctx.K], factors[ctx.K :]
         dx = None
         dx_blocks, dA, dB = [], [], []
+        dense = not ctx.add_W0 and (x.device.type, x.dtype) in DENSE
         with _no_autocast(g.device):
+            if dense:
+                D, A_all, B_all = _dense_delta(W0, x.dtype, scale, row_order, col_order, A, B)
+                if ctx.needs_input_grad[0]:
+                    dx = g @ D  # (T, m) @ (m, n)
+                G = _times((g.mT @ x).to(A_all.dtype), W0)  # (m, T) @ (T, n)
+                dA_all = (scale * B_all.mT @ G).index_select(1, col_order)  # (r, m) @ (m, n)
+                dB_all = (G @ (scale * A_all.mT)).index_select(0, row_order)  # (m, n) @ (n, r)
+                dA = _on_diagonal(dA_all.to(A[0].dtype), A)
+                dB = _on_diagonal(dB_all.to(B[0].dtype), B)
             if ctx.needs_input_grad[0] and ctx.add_W0:
                 W = _summed_weight(W0, scale, row_order, col_order, A, B)
                 dx = g @ W.to(g.dtype)  # (T, m) @ (m, n)
-            for rows_k, cols_k, A_k, B_k in _batches(row_order, col_order, A, B):
+            for rows_k, cols_k, A_k, B_k in _batches(row_order, col_order, A, B) * (not dense):
                 M_k = _submatrices(W0, rows_k, cols_k).to(A_k.dtype)
                 g_k = _columns(g, rows_k)  # (G, T, m_k)
                 x_k = _columns(x, cols_k).to(g.dtype)  # (G, T, n_k)
@@ -1687,9 +1704,37 @@ def _summed_weight(W0, scale, row_order, col_order, A, B):
             factor = torch.addmm(one, B, A, alpha=scale)  # (m, r) @ (r, n) -> (m, n)
         else:  # in W0's memory layout
             factor = torch.addmm(one, A.mT, B.mT, alpha=scale).mT
+    return _times(factor, W0)
+
+
+def _times(M, W0):
+    """M * W0 in M's dtype, and in its place where nobody watches: no second buffer of W0's size."""
     if torch.is_grad_enabled() or torch.jit.is_tracing():
-        return factor * W0
-    return factor.mul_(W0)  # nobody watches: no second buffer of W0's size
+        return (M * W0).to(M.dtype)
+    return M.mul_(W0)
+
+
+def _dense_delta(W0, dtype, scale, row_order, col_order, A, B):
+    """delta_W (m, n) in a half precision, and the stacked A (r, n), B (m, r) that it is made of."""
+    A, B = _stacked(row_order, col_order, A, B)
+    if dtype == torch.bfloat16:  # float16 has not the range for small products
+        A, B = A.to(dtype), B.to(dtype)
+    return _times(scale * B @ A, W0).to(dtype), A, B  # (m, r) @ (r, n) -> (m, n)
+
+
+def _on_diagonal(M, blocks):
+    """Where `torch.block_diag(*blocks)` puts its blocks: those parts of M."""
+    K, shape = len(blocks), blocks[0].shape
+    if all(block.shape == shape for block in blocks):  # in one operation
+        rows, cols = shape
+        parts = M.view(K, rows, K, cols).diagonal(dim1=0, dim2=2)  # (rows, cols, K)
+        return parts.permute(2, 0, 1).contiguous().unbind()
+    parts, i, j = [], 0, 0
+    for block in blocks:
+        rows, cols = block.shape
+        parts.append(M[i : i + rows, j : j + cols])
+        i, j = i + rows, j + cols
+    return parts
 
 
 def _batches(row_order, col_order, A, B):
