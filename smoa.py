@@ -1551,9 +1551,9 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 # keeps W0 + delta_W for the backward.
 
 # Where x delta_W^T is sooner multiplied with all its zeros than gathered by blocks.
-DENSE = {("cuda", torch.float16), ("cuda", torch.bfloat16)}
+DENSE = [("cuda", torch.float16), ("cuda", torch.bfloat16)]
 if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-    DENSE.add(("cpu", torch.bfloat16))
+    DENSE.append(("cpu", torch.bfloat16))
 
 
 def _is_bare(base):

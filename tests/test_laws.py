@@ -1167,7 +1167,7 @@ def test_without_its_last_section_the_file_computes_the_same(limit, dense, autoc
     drawn_options = data.draw(options(*W0.shape, alpha=None))
     x = normal(5, W0.shape[1], seed=data.draw(seeds), dtype=W0.dtype)
     before = smoa.LEAN_ABOVE, smoa.DENSE
-    smoa.LEAN_ABOVE, smoa.DENSE = limit, {("cpu", dtype) for dtype in dense}
+    smoa.LEAN_ABOVE, smoa.DENSE = limit, [("cpu", dtype) for dtype in dense]
     lean = forward_and_backward(smoa, W0, x, autocast, drawn_options)
     smoa.LEAN_ABOVE, smoa.DENSE = before
     plain = forward_and_backward(plain_smoa, W0, x, autocast, drawn_options)
