@@ -1164,7 +1164,7 @@ def flat(tensors):
 def test_without_its_last_section_the_file_computes_the_same(limit, dense, autocast, data):
     dtypes = [torch.float32] if autocast else [torch.float32, torch.float64, *HALVES]
     W0 = data.draw(weights(dtypes=dtypes))
-    drawn_options = data.draw(options(*W0.shape, alpha=None))
+    drawn_options = data.draw(options(*W0.shape))
     x = normal(5, W0.shape[1], seed=data.draw(seeds), dtype=W0.dtype)
     before = smoa.LEAN_ABOVE, smoa.DENSE
     smoa.LEAN_ABOVE, smoa.DENSE = limit, [("cpu", dtype) for dtype in dense]

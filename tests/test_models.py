@@ -423,6 +423,20 @@ def test_a_small_update_is_not_lost_in_the_rounding_of_a_bfloat16_base():
     assert (layer(x) != layer.base(x)).double().mean() > 0.02
 
 
+@pytest.mark.parametrize("dense", [[], [("cpu", torch.float16)]], ids=["blocks", "dense"])
+def test_factors_below_the_range_of_float16_have_their_gradients(dense, monkeypatch):
+    monkeypatch.setattr(smoa, "DENSE", dense)
+    layer = fill(smoa.SMoALinear(linear(generic(6, 6, 0).half(), bias=False), rank=2))
+    for B_k in layer.B:
+        B_k.data.mul_(1e-7)
+    exact = copy.deepcopy(layer).double()
+    x = input_of(layer, 50, seed=1)
+    for one, batch in ((layer, x), (exact, x.double())):
+        one(batch).sum().backward()
+    for A_k, expected in zip(layer.A, exact.A):
+        assert (A_k.grad - expected.grad).norm() < 0.01 * expected.grad.norm()
+
+
 def test_a_small_update_is_not_lost_where_float32_products_drop_bits(monkeypatch):
     layer = fill(smoa.SMoALinear(linear(generic(64, 64, 0).float(), bias=False), rank=8))
     x = input_of(layer, 20, seed=1)
