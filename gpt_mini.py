@@ -235,6 +235,7 @@ def train_steps(model, tokens, recipe, *, optimizer=None, done=0):
         the loss of each step's batch before the step, in nats a token.
     Raises:
         FloatingPointError: a loss is not finite.
+        ValueError: the text is too short, or nothing requires a gradient.
     """
     device = next(model.parameters()).device
     rank, world = rank_and_world()
@@ -252,10 +253,10 @@ def train_steps(model, tokens, recipe, *, optimizer=None, done=0):
         targets = targets[rank::world].to(device)
         with autocast(device):
             _, loss = net(idx, targets)
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         loss = loss.detach()
         if world > 1:
             dist.all_reduce(loss)
@@ -267,10 +268,16 @@ def train_steps(model, tokens, recipe, *, optimizer=None, done=0):
 
 def batch(tokens, block_size, batch_size, seed, step):
     """A step's batch, idx and targets (B, T): windows of the text, drawn by seed and step alone."""
+    check_length(tokens, block_size)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)  # (B, 1)
     windows = tokens[starts + torch.arange(block_size + 1)]  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
+
+
+def check_length(tokens, block_size):
+    if len(tokens) <= block_size:
+        raise ValueError(f"need more than {block_size} tokens, a window's, got {len(tokens)}")
 
 
 def learning_rate(step, steps, peak):
@@ -284,6 +291,8 @@ def learning_rate(step, steps, peak):
 def make_optimizer(model, weight_decay):
     """AdamW on what requires a gradient; vectors (norms, shifts) do not decay."""
     params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("nothing to train: no parameter requires a gradient")
     groups = [
         dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay),
         dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0),
@@ -298,8 +307,10 @@ def evaluate(model, tokens, *, limit=None):
 
     Raises:
         FloatingPointError: it is not finite.
+        ValueError: the text is too short.
     """
     T = model.config.block_size
+    check_length(tokens, T)
     device = next(model.parameters()).device
     count = (len(tokens) - 1) // T
     starts = T * torch.linspace(0, count - 1, min(count, limit or count)).long()

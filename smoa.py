@@ -220,9 +220,10 @@ class SMoALinear(nn.Module):
 
     def delta_weight(self):
         """delta_W (m, n): the deltas in their blocks, 0 elsewhere. Differentiable in A and B."""
-        delta_W = self.A[0].new_zeros(self.out_features, self.in_features)
-        for k in range(self.num_blocks):
-            delta_W[self.rows[k][:, None], self.cols[k]] = self.delta(k)
+        deltas = [self.delta(k) for k in range(self.num_blocks)]
+        delta_W = deltas[0].new_zeros(self.out_features, self.in_features)
+        for rows_k, cols_k, delta_k in zip(self.rows, self.cols, deltas):
+            delta_W[rows_k[:, None], cols_k] = delta_k
         return delta_W
 
     def original_weight(self):
@@ -1550,10 +1551,11 @@ LEAN_ABOVE = 2**17  # weights in a layer; up to that, autograd's full weight gra
 # On a card up to eight times as many: so an H200 takes two thirds of the time for 1536 x 576, and
 # keeps W0 + delta_W for the backward.
 
-# Where x delta_W^T is sooner multiplied with all its zeros than gathered by blocks.
-DENSE = [("cuda", torch.float16), ("cuda", torch.bfloat16)]
+# Devices that multiply bfloat16 so fast that x delta_W^T with all its zeros is sooner had than the
+# blocks' rows and columns are gathered. (In float16 what is outside the blocks could overflow.)
+DENSE_BFLOAT16 = ["cuda"]
 if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-    DENSE.append(("cpu", torch.bfloat16))
+    DENSE_BFLOAT16.append("cpu")
 
 
 def _is_bare(base):
@@ -1584,7 +1586,10 @@ def _lean_forward(layer, x):  # (..., n) -> (..., m)
 def _product(layer, x, add_W0):  # (..., n) -> (..., m)
     """x (W0 + delta_W)^T + bias, or x delta_W^T alone."""
     function = _Product if torch.compiler.is_compiling() else _ProductWithTangents
-    y = function.apply(  # (T, n) -> (T, m)
+    call = function.apply
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        call = _Product.forward  # without gradients torch.compile calls it with a ctx before all
+    y = call(  # (T, n) -> (T, m)
         x.reshape(-1, x.shape[-1]),
         layer.original_weight(),
         layer.bias if add_W0 else None,
@@ -1616,8 +1621,8 @@ class _Product(torch.autograd.Function):
         with _no_autocast(x.device):
             if add_W0:
                 return F.linear(x, _summed_weight(W0, *parts), bias)
-            if (x.device.type, x.dtype) in DENSE:
-                return F.linear(x, _dense_delta(W0, x.dtype, *parts)[0])
+            if _is_dense(x):
+                return F.linear(x, _dense_delta(W0, *parts)[0])
             return _block_product(x, W0, *parts)
 
     @staticmethod
@@ -1632,13 +1637,13 @@ class _Product(torch.autograd.Function):
         scale, A, B = ctx.scale, factors[: ctx.K], factors[ctx.K :]
         dx = None
         dx_blocks, dA, dB = [], [], []
-        dense = not ctx.add_W0 and (x.device.type, x.dtype) in DENSE
+        dense = _is_dense(x) and not ctx.add_W0
         with _no_autocast(g.device):
             if dense:
-                D, A_all, B_all = _dense_delta(W0, x.dtype, scale, row_order, col_order, A, B)
+                D, A_all, B_all = _dense_delta(W0, scale, row_order, col_order, A, B)
                 if ctx.needs_input_grad[0]:
                     dx = g @ D  # (T, m) @ (m, n)
-                G = _times((g.mT @ x).to(A_all.dtype), W0)  # (m, T) @ (T, n)
+                G = _modulated(W0, g.mT, x)  # (m, T) @ (T, n)
                 dA_all = (scale * B_all.mT @ G).index_select(1, col_order)  # (r, m) @ (m, n)
                 dB_all = (G @ (scale * A_all.mT)).index_select(0, row_order)  # (m, n) @ (n, r)
                 dA = _on_diagonal(dA_all.to(A[0].dtype), A)
@@ -1709,17 +1714,25 @@ def _summed_weight(W0, scale, row_order, col_order, A, B):
 
 def _times(M, W0):
     """M * W0 in M's dtype, and in its place where nobody watches: no second buffer of W0's size."""
-    if torch.is_grad_enabled() or torch.jit.is_tracing():
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return (M * W0).to(M.dtype)
     return M.mul_(W0)
 
 
-def _dense_delta(W0, dtype, scale, row_order, col_order, A, B):
-    """delta_W (m, n) in a half precision, and the stacked A (r, n), B (m, r) that it is made of."""
-    A, B = _stacked(row_order, col_order, A, B)
-    if dtype == torch.bfloat16:  # float16 has not the range for small products
-        A, B = A.to(dtype), B.to(dtype)
-    return _times(scale * B @ A, W0).to(dtype), A, B  # (m, r) @ (r, n) -> (m, n)
+def _is_dense(x):
+    return x.dtype == torch.bfloat16 and x.device.type in DENSE_BFLOAT16
+
+
+def _dense_delta(W0, scale, row_order, col_order, A, B):
+    """delta_W (m, n) in bfloat16, and the stacked A (r, n), B (m, r) that it is made of."""
+    A, B = (factors.bfloat16() for factors in _stacked(row_order, col_order, A, B))
+    return _modulated(W0, scale * B, A), A, B  # (m, r) @ (r, n) -> (m, n)
+
+
+def _modulated(W0, X, Y):
+    """(X Y) * W0, (m, n). The zero brings W0's batch, where vmap is over the weights alone."""
+    zero = W0.new_zeros((), dtype=X.dtype)
+    return _times(torch.addmm(zero, X, Y, beta=0), W0)
 
 
 def _on_diagonal(M, blocks):

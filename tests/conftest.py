@@ -28,7 +28,7 @@ import smoa  # noqa: E402
 # The shapes drawn have 1 to 144 weights: the laws meet both ways to a gradient.
 smoa.LEAN_ABOVE = 40
 # And both ways to x delta_W^T in half precision, whatever this CPU is good at: float16 by blocks.
-smoa.DENSE.append(("cpu", torch.bfloat16))
+smoa.DENSE_BFLOAT16 = ["cpu", "cuda"]
 
 
 @pytest.fixture(params=["lean", "plain"])

@@ -244,6 +244,29 @@ def test_a_step_is_taken_for_each_loss_that_is_asked_for():
     assert len([*losses]) == 9
 
 
+def test_gradients_from_elsewhere_do_not_count():
+    losses = []
+    for foreign in (False, True):
+        model = tiny()
+        if foreign:
+            model(TEXT[None, :8], TEXT[None, 1:9])[1].backward()
+        losses.append(list(train_steps(model, TEXT, RECIPE)))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("length", [0, 1, 8])
+def test_a_text_shorter_than_a_window_is_refused(length):
+    for call in (evaluate, lambda *arguments: next(train_steps(*arguments, RECIPE))):
+        with pytest.raises(ValueError, match=f"need more than 8 tokens, a window's, got {length}"):
+            call(tiny(), TEXT[:length])
+    assert evaluate(tiny(), TEXT[:9]) > 0
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        next(train_steps(tiny().requires_grad_(False), TEXT, RECIPE))
+
+
 def test_what_is_frozen_does_not_train():
     model = tiny()
     model.blocks.requires_grad_(False)

@@ -423,20 +423,6 @@ def test_a_small_update_is_not_lost_in_the_rounding_of_a_bfloat16_base():
     assert (layer(x) != layer.base(x)).double().mean() > 0.02
 
 
-@pytest.mark.parametrize("dense", [[], [("cpu", torch.float16)]], ids=["blocks", "dense"])
-def test_factors_below_the_range_of_float16_have_their_gradients(dense, monkeypatch):
-    monkeypatch.setattr(smoa, "DENSE", dense)
-    layer = fill(smoa.SMoALinear(linear(generic(6, 6, 0).half(), bias=False), rank=2))
-    for B_k in layer.B:
-        B_k.data.mul_(1e-7)
-    exact = copy.deepcopy(layer).double()
-    x = input_of(layer, 50, seed=1)
-    for one, batch in ((layer, x), (exact, x.double())):
-        one(batch).sum().backward()
-    for A_k, expected in zip(layer.A, exact.A):
-        assert (A_k.grad - expected.grad).norm() < 0.01 * expected.grad.norm()
-
-
 def test_a_small_update_is_not_lost_where_float32_products_drop_bits(monkeypatch):
     layer = fill(smoa.SMoALinear(linear(generic(64, 64, 0).float(), bias=False), rank=8))
     x = input_of(layer, 20, seed=1)
@@ -880,6 +866,32 @@ def test_vmap_is_a_loop(way, make):
     x = input_of(layer, 5, 3, seed=1)
     y = torch.func.vmap(layer)(x)
     assert_close_in_its_dtype(y, torch.stack([layer(sample) for sample in x]))
+
+
+@each_layer
+def test_vmap_over_the_weights_of_the_base_alone_is_a_loop(way, make):
+    layer = make()
+    x = input_of(layer, 5, seed=1)
+    W0 = layer.base.weight.detach()
+
+    def loss(W):
+        return torch.func.functional_call(layer, {"base.weight": W}, (x,)).float().square().sum()
+
+    several = torch.stack([W0, 2 * W0])
+    for function in (loss, torch.func.grad(loss)):
+        expected = torch.stack([function(W) for W in several])
+        found = torch.func.vmap(function)(several)
+        error = (found - expected).double().norm() / expected.double().norm()
+        assert error < 10 * torch.finfo(x.dtype).eps
+
+
+@each_layer
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_layer_compiles_whole_without_gradients(way, make, context):
+    layer = make()
+    x = input_of(layer, 5, seed=1)
+    with context():
+        assert_close_in_its_dtype(compiled_whole(layer)(x), layer(x))
 
 
 @each_layer
