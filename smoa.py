@@ -1714,7 +1714,7 @@ def _summed_weight(W0, scale, row_order, col_order, A, B):
 
 def _times(M, W0):
     """M * W0 in M's dtype, and in its place where nobody watches: no second buffer of W0's size."""
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
         return (M * W0).to(M.dtype)
     return M.mul_(W0)
 
