@@ -1608,8 +1608,8 @@ class _Product(torch.autograd.Function):
     """y = x W^T + bias, where W is W0 + delta_W, or delta_W alone and there is no bias.
 
     Autograd could differentiate the plain formula as well. This backward is leaner by two things:
-    of the weight's gradient g^T x it computes only the K aligned blocks, and it builds the weight
-    again rather than keep one per layer from the forward to the backward.
+    of the weight's gradient g^T x it computes only the K aligned blocks, where that is faster, and
+    it builds the weight again rather than keep one per layer from the forward to the backward.
     """
 
     generate_vmap_rule = True
@@ -1634,40 +1634,20 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):  # (T, m)
         x, W0, row_order, col_order, *factors = ctx.saved_tensors  # (T, n), (m, n)
-        scale, A, B = ctx.scale, factors[: ctx.K], factors[ctx.K :]
-        dx = None
-        dx_blocks, dA, dB = [], [], []
-        dense = _is_dense(x) and not ctx.add_W0
+        parts = ctx.scale, row_order, col_order, factors[: ctx.K], factors[ctx.K :]
+        want_dx, want_dW0, want_dbias, *_ = ctx.needs_input_grad
+        dx = dW0 = dbias = None
         with _no_autocast(g.device):
-            if dense:
-                D, A_all, B_all = _dense_delta(W0, scale, row_order, col_order, A, B)
-                if ctx.needs_input_grad[0]:
-                    dx = g @ D  # (T, m) @ (m, n)
-                G = _modulated(W0, g.mT, x)  # (m, T) @ (T, n)
-                dA_all = (scale * B_all.mT @ G).index_select(1, col_order)  # (r, m) @ (m, n)
-                dB_all = (G @ (scale * A_all.mT)).index_select(0, row_order)  # (m, n) @ (n, r)
-                dA = _on_diagonal(dA_all.to(A[0].dtype), A)
-                dB = _on_diagonal(dB_all.to(B[0].dtype), B)
-            if ctx.needs_input_grad[0] and ctx.add_W0:
-                W = _summed_weight(W0, scale, row_order, col_order, A, B)
-                dx = g @ W.to(g.dtype)  # (T, m) @ (m, n)
-            for rows_k, cols_k, A_k, B_k in _batches(row_order, col_order, A, B) * (not dense):
-                M_k = _submatrices(W0, rows_k, cols_k).to(A_k.dtype)
-                g_k = _columns(g, rows_k)  # (G, T, m_k)
-                x_k = _columns(x, cols_k).to(g.dtype)  # (G, T, n_k)
-                G_k = _matmul(g_k.mT, x_k).to(A_k.dtype) * M_k  # (G, m_k, T) @ (G, T, n_k)
-                dA.extend((scale * torch.bmm(B_k.mT, G_k)).unbind())
-                dB.extend((scale * torch.bmm(G_k, A_k.mT)).unbind())
-                if ctx.needs_input_grad[0] and not ctx.add_W0:
-                    D_k = (scale * torch.bmm(B_k, A_k) * M_k).to(g.dtype)
-                    dx_blocks.append(_matmul(g_k, D_k))  # (G, T, m_k) @ (G, m_k, n_k)
-            if dx_blocks:
-                dx = _put_together(dx_blocks, col_order)
-            dW0 = dbias = None
-            if ctx.needs_input_grad[1]:  # vmap over models hides from `_is_bare` what trains
-                factor = _summed_weight(torch.ones_like(W0), scale, row_order, col_order, A, B)
+            if _is_dense(x) and not ctx.add_W0:
+                dx, dA, dB = _dense_gradients(g, x, W0, parts, want_dx)
+            else:
+                dx, dA, dB = _block_gradients(g, x, W0, parts, want_dx and not ctx.add_W0)
+            if want_dx and ctx.add_W0:
+                dx = g @ _summed_weight(W0, *parts).to(g.dtype)  # (T, m) @ (m, n)
+            if want_dW0:  # vmap over models hides from `_is_bare` what trains
+                factor = _summed_weight(torch.ones_like(W0), *parts)
                 dW0 = (g.mT @ x.to(g.dtype)).to(W0.dtype) * (factor if ctx.add_W0 else factor - 1)
-            if ctx.needs_input_grad[2]:
+            if want_dbias:
                 dbias = g.sum(0)
         return dx, dW0, dbias, *[None] * 5, *dA, *dB
 
@@ -1690,6 +1670,34 @@ class _ProductWithTangents(_Product):
             if ctx.add_W0:
                 y_t = y_t + F.linear(x_t, W0, bias_t) + F.linear(x, W0_t)
         return y_t
+
+
+def _block_gradients(g, x, W0, parts, want_dx):
+    """Gradients of x delta_W^T by x (T, n), where wanted, and by all A_k and all B_k."""
+    scale, row_order, col_order, A, B = parts
+    dx_blocks, dA, dB = [], [], []
+    for rows_k, cols_k, A_k, B_k in _batches(row_order, col_order, A, B):
+        M_k = _submatrices(W0, rows_k, cols_k).to(A_k.dtype)
+        g_k = _columns(g, rows_k)  # (G, T, m_k)
+        x_k = _columns(x, cols_k).to(g.dtype)  # (G, T, n_k)
+        G_k = _matmul(g_k.mT, x_k).to(A_k.dtype) * M_k  # (G, m_k, T) @ (G, T, n_k)
+        dA.extend((scale * torch.bmm(B_k.mT, G_k)).unbind())
+        dB.extend((scale * torch.bmm(G_k, A_k.mT)).unbind())
+        if want_dx:
+            D_k = (scale * torch.bmm(B_k, A_k) * M_k).to(g.dtype)
+            dx_blocks.append(_matmul(g_k, D_k))  # (G, T, m_k) @ (G, m_k, n_k)
+    return _put_together(dx_blocks, col_order) if want_dx else None, dA, dB
+
+
+def _dense_gradients(g, x, W0, parts, want_dx):
+    """The same in bfloat16, from the whole of g^T x."""
+    scale, row_order, col_order, A, B = parts
+    D, stacked_A, stacked_B = _dense_delta(W0, *parts)
+    G = _modulated(W0, g.mT, x)  # (m, T) @ (T, n)
+    dA = (scale * stacked_B.mT @ G).index_select(1, col_order)  # (r, m) @ (m, n)
+    dB = (G @ (scale * stacked_A.mT)).index_select(0, row_order)  # (m, n) @ (n, r)
+    dx = g @ D if want_dx else None  # (T, m) @ (m, n)
+    return dx, _on_diagonal(dA.to(A[0].dtype), A), _on_diagonal(dB.to(B[0].dtype), B)
 
 
 def _stacked(row_order, col_order, A, B):
