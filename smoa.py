@@ -681,7 +681,8 @@ def load(model, path, *, check_base=True):
     """Give the model the adapter of a file, and no other: layers not in the file are plain again.
 
     No spectrum is computed: the orders are in the file. As after `inject`, the factors are what
-    trains, and all else is frozen: unfreeze a head after the load, and make the optimizer then.
+    trains, and all else is frozen, without gradients: unfreeze a head after the load, and make the
+    optimizer then.
 
     Args:
         check_base: as in `load_state_dict`.
