@@ -280,6 +280,11 @@ def check_length(tokens, block_size):
         raise ValueError(f"need more than {block_size} tokens, a window's, got {len(tokens)}")
 
 
+def has_diverged(loss, vocab_size):
+    """Whether a loss is twice that of guessing, or no number."""
+    return not loss <= 2 * math.log(vocab_size)
+
+
 def learning_rate(step, steps, peak):
     """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
     warmup = max(1, steps // 20)

@@ -221,7 +221,7 @@ class SMoALinear(nn.Module):
     def delta_weight(self):
         """delta_W (m, n): the deltas in their blocks, 0 elsewhere. Differentiable in A and B."""
         deltas = [self.delta(k) for k in range(self.num_blocks)]
-        delta_W = deltas[0].new_zeros(self.out_features, self.in_features)
+        delta_W = deltas[0].new_zeros(self.out_features, self.in_features)  # with vmap's batch
         for rows_k, cols_k, delta_k in zip(self.rows, self.cols, deltas):
             delta_W[rows_k[:, None], cols_k] = delta_k
         return delta_W
@@ -1580,8 +1580,9 @@ def _lean_forward(layer, x):  # (..., n) -> (..., m)
     if layer.modulate:
         return layer.base(x) + _product(layer, z, add_W0=False)
     # LoRA, MELoRA: a thin detour, first to (..., r)
-    A, B = _stacked(layer.row_order.to(x.device), layer.col_order.to(x.device), layer.A, layer.B)
-    return layer.base(x) + layer.scale * F.linear(F.linear(z, A.to(z.dtype)), B.to(z.dtype))
+    orders = layer.row_order.to(x.device), layer.col_order.to(x.device)
+    A, B = _stacked(z.dtype, *orders, layer.A, layer.B)
+    return layer.base(x) + layer.scale * F.linear(F.linear(z, A), B)
 
 
 def _product(layer, x, add_W0):  # (..., n) -> (..., m)
@@ -1623,7 +1624,8 @@ class _Product(torch.autograd.Function):
             if add_W0:
                 return F.linear(x, _summed_weight(W0, *parts), bias)
             if _is_dense(x):
-                return F.linear(x, _dense_delta(W0, *parts)[0])
+                A, B = _stacked(x.dtype, *parts[1:])
+                return F.linear(x, _modulated(W0, scale * B, A))  # (T, n) @ (n, m)
             return _block_product(x, W0, *parts)
 
     @staticmethod
@@ -1693,17 +1695,19 @@ def _block_gradients(g, x, W0, parts, want_dx):
 def _dense_gradients(g, x, W0, parts, want_dx):
     """The same in bfloat16, from the whole of g^T x."""
     scale, row_order, col_order, A, B = parts
-    D, stacked_A, stacked_B = _dense_delta(W0, *parts)
+    stacked_A, stacked_B = _stacked(x.dtype, row_order, col_order, A, B)
     G = _modulated(W0, g.mT, x)  # (m, T) @ (T, n)
     dA = (scale * stacked_B.mT @ G).index_select(1, col_order)  # (r, m) @ (m, n)
     dB = (G @ (scale * stacked_A.mT)).index_select(0, row_order)  # (m, n) @ (n, r)
-    dx = g @ D if want_dx else None  # (T, m) @ (m, n)
+    dx = None
+    if want_dx:
+        dx = g @ _modulated(W0, scale * stacked_B, stacked_A)  # (T, m) @ (m, n)
     return dx, _on_diagonal(dA.to(A[0].dtype), A), _on_diagonal(dB.to(B[0].dtype), B)
 
 
-def _stacked(row_order, col_order, A, B):
+def _stacked(dtype, row_order, col_order, A, B):
     """The pairs as one, A (r, n) and B (m, r): B A is B_k A_k in the blocks and 0 elsewhere."""
-    A, B = torch.block_diag(*A), torch.block_diag(*B)  # in spectral order
+    A, B = torch.block_diag(*A).to(dtype), torch.block_diag(*B).to(dtype)  # in spectral order
     A = torch.empty_like(A).index_copy(1, col_order, A)
     B = torch.empty_like(B).index_copy(0, row_order, B)
     return A, B
@@ -1711,7 +1715,7 @@ def _stacked(row_order, col_order, A, B):
 
 def _summed_weight(W0, scale, row_order, col_order, A, B):
     """W0 + delta_W = W0 * (1 + scale B A), (m, n), by one product of the stacked pairs."""
-    A, B = (factors.to(W0.dtype) for factors in _stacked(row_order, col_order, A, B))
+    A, B = _stacked(W0.dtype, row_order, col_order, A, B)
     with _no_autocast(W0.device):
         one = W0.new_ones(())
         if W0.is_contiguous():
@@ -1732,14 +1736,11 @@ def _is_dense(x):
     return x.dtype == torch.bfloat16 and x.device.type in DENSE_BFLOAT16
 
 
-def _dense_delta(W0, scale, row_order, col_order, A, B):
-    """delta_W (m, n) in bfloat16, and the stacked A (r, n), B (m, r) that it is made of."""
-    A, B = (factors.bfloat16() for factors in _stacked(row_order, col_order, A, B))
-    return _modulated(W0, scale * B, A), A, B  # (m, r) @ (r, n) -> (m, n)
-
-
 def _modulated(W0, X, Y):
-    """(X Y) * W0, (m, n). The zero brings W0's batch, where vmap is over the weights alone."""
+    """(X Y) * W0, (m, n): delta_W of (scale B, A), and of (g^T, x) the gradient by B A.
+
+    The zero brings W0's batch, where vmap is over the weights alone.
+    """
     zero = W0.new_zeros((), dtype=X.dtype)
     return _times(torch.addmm(zero, X, Y, beta=0), W0)
 

@@ -211,7 +211,7 @@ def pretrain(plan, texts):
         state = dict(settings=settings, characters=texts.characters, step=0, curve=[])
     try:
         train_base(model.to(plan.device), texts, recipe, state, path)
-        if not state["loss"] <= 2 * math.log(len(texts.characters)):  # twice that of guessing
+        if gpt_mini.has_diverged(state["loss"], len(texts.characters)):
             raise FloatingPointError(f"its last loss in training is {state['loss']:.3g}")
     except FloatingPointError as error:
         stop(f"the base diverged ({error}): give less than --pretrain-lr {plan.pretrain_lr:g}")

@@ -25,7 +25,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import smoa  # noqa: E402
-from gpt_mini import Recipe, evaluate, train_steps  # noqa: E402
+from gpt_mini import Recipe, evaluate, has_diverged, train_steps  # noqa: E402
 from train_shakespeare import (  # noqa: E402
     PRESETS,
     TARGETS,
@@ -65,7 +65,7 @@ def finished_base(out):
     for path in sorted(Path(out).glob("base-*.pt")):
         model, state = read_base(path)
         finished = state["step"] == state["settings"]["recipe"]["steps"]
-        sound = state["loss"] <= 2 * math.log(len(state["characters"]))
+        sound = not has_diverged(state["loss"], len(state["characters"]))
         if finished and sound and (best is None or state["step"] > best[2]):
             best = model, state["characters"], state["step"]
     return best
