@@ -20,6 +20,7 @@ proves nothing.
 All of it is computed in float64, on the target's device.
 """
 
+import runner  # noqa: F401 (puts smoa.py on the path)
 import torch
 
 import smoa
