@@ -693,7 +693,7 @@ def _check_base(base, modulate):
     W0, error = base._parameters.get("weight"), TypeError
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if not _is_linear(base):
-        why = f"it is not a plain linear layer (linear layers inside it: {_linear_names(base)})"
+        why = f"it is not a plain linear layer; those inside it: {_linear_names(base)}"
     elif "forward" in vars(base) or W0 is None:
         why = "its forward is replaced, as by offloading, or its weight computed, as by pruning"
     elif type(W0) is not nn.Parameter or W0.layout != torch.strided or W0.dtype not in floats:
@@ -711,8 +711,8 @@ def _check_base(base, modulate):
     raise error(
         f"{type(base).__module__}.{type(base).__qualname__} cannot be adapted: {why}. SMoA adapts "
         "torch.nn.Linear (or Hugging Face's Conv1D) with its own forward and a dense, finite "
-        "weight. Undo what changed this layer (quantization, offloading, pruning, another "
-        "adapter), or leave it out"
+        "weight. If quantization, offloading, pruning or another adapter changed this layer, undo "
+        "that first; otherwise leave it out"
     )
 
 
@@ -836,10 +836,13 @@ def _make_lean_linear():
                 if ctx.needs_input_grad[0]:
                     dx = g @ _modulated(W0, ctx.scale, A, B).to(g.dtype)  # (..., m) @ (m, n)
                 g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
-                dA, dB = _gradients(g, x, W0, pairs)
+                if _multiplies_fast(x):
+                    dA, dB = _from_whole(g, x, W0, pairs, A, B)
+                else:
+                    dA, dB = _from_blocks(g, x, W0, pairs)
                 if ctx.needs_input_grad[2]:
                     db = g.sum(0)
-            factor_gradients = [ctx.scale * d for d in (*dA, *dB)]
+            factor_gradients = [ctx.scale * d.to(A.dtype) for d in (*dA, *dB)]
             return dx, None, db, None, None, None, None, *factor_gradients
 
     return LeanLinear.apply
@@ -869,23 +872,26 @@ def _modulated(W0, scale, A, B):
     return torch.cat(W) if len(W) > 1 else W[0]
 
 
-def _gradients(g, x, W0, pairs):
+def _from_blocks(g, x, W0, pairs):
     """The gradients of all A_k and all B_k, up to the scale, from g (T, m) and x (T, n)."""
     dA, dB = [], []
-    whole = (g.mT @ x).mul_(W0) if _multiplies_fast(x) else None  # (m, T) @ (T, n)
     for A_k, B_k, rows_k, cols_k in pairs:
-        if whole is None:
-            G_k = g.index_select(1, rows_k).mT @ x.index_select(1, cols_k)  # (m_k, T) @ (T, n_k)
-            G_k = _block(W0, rows_k, cols_k) * G_k.to(A_k.dtype)
-        else:  # no columns of g and x need to be gathered
-            G_k = _block(whole, rows_k, cols_k).to(A_k.dtype)
+        M_k = W0.index_select(0, rows_k).index_select(1, cols_k)
+        G_k = g.index_select(1, rows_k).mT @ x.index_select(1, cols_k)  # (m_k, T) @ (T, n_k)
+        G_k = M_k * G_k.to(A_k.dtype)
         dA.append(B_k.mT @ G_k)
         dB.append(G_k @ A_k.mT)
     return dA, dB
 
 
-def _block(W, rows_k, cols_k):
-    return W.index_select(0, rows_k).index_select(1, cols_k)
+def _from_whole(g, x, W0, pairs, A, B):
+    """The same from all of g^T x, in its dtype: nothing of the size of x or W0 is gathered."""
+    G = (g.mT @ x).mul_(W0)  # (m, T) @ (T, n)
+    stacked_dA, stacked_dB = B.to(G.dtype).mT @ G, G @ A.to(G.dtype).mT  # (r, n), (m, r)
+    ranks = [len(A_k) for A_k, *_ in pairs]
+    dA = [d[:, pair[3]] for d, pair in zip(stacked_dA.split(ranks), pairs)]
+    dB = [d[pair[2]] for d, pair in zip(stacked_dB.split(ranks, 1), pairs)]
+    return dA, dB
 
 
 def _multiplies_fast(x):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import statistics
@@ -13,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WORDS = " ".join(README.split())
-sys.path.insert(0, str(ROOT / "notebooks" / "studies"))
+STUDIES = ROOT / "notebooks" / "studies"
+sys.path.insert(0, str(STUDIES))
 
 
 def test_the_snippet_prints_what_is_shown(tmp_path):
@@ -35,7 +37,7 @@ def test_the_snippet_prints_what_is_shown(tmp_path):
 
 def test_every_linked_file_exists():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert links and all((ROOT / link).exists() for link in links)
+    assert links and all((ROOT / link.split("#")[0]).exists() for link in links)
 
 
 def test_the_test_command_installs_then_tests():
@@ -94,3 +96,13 @@ def test_the_luckier_rate_is_in_the_readme():
     lucky = [study.loss(line) for line in study.runs("lora r=4", lucky=True).values()]
     gain = statistics.fmean(study.base_losses("folio")) - statistics.fmean(lucky)
     assert f"{100 * (1 - difference / gain):.1f} ± {100 * half / gain:.1f} %" in WORDS
+
+
+def test_the_times_are_those_of_the_record():
+    record = json.loads((STUDIES / "records" / "cost.json").read_text(encoding="utf-8"))
+    columns = ("hira r=4", "smoa r=8 K=2", "peft hira r=4")
+    table = [line for line in README.splitlines() if line.startswith(("| HiRA", "| SMoA"))]
+    places = table[0], table[1], next(line for line in README.splitlines() if "PEFT's HiRA" in line)
+    for column, place in zip(columns, places):
+        times = [row[column]["median"] for row in record["peft"]["rows"]]
+        assert f"{min(times):.1f} to {max(times):.1f}" in place
