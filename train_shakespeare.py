@@ -7,10 +7,9 @@
     python train_shakespeare.py --data mine.txt --adapt-data other.txt
     torchrun --nproc_per_node=2 train_shakespeare.py            # the same batches, shared out
 
-The base is trained on the modern plays only. Each method adapts its own copy of it to the Folio
-("haue", "vpon") and is judged on plays that no training saw, in either spelling: Hamlet, Macbeth
-and The Tempest. The folder out/ receives base-*.pt, which later runs of equal settings reuse, a
-METHOD.pt for each method, and results.json.
+The base is trained on the modern plays only. Each method adapts a copy of it to the Folio ("haue")
+and is judged on plays that no training saw in either spelling: Hamlet, Macbeth and The Tempest. The
+folder out/ receives base-*.pt, which later runs of equal settings reuse, METHOD.pt, results.json.
 """
 
 import argparse
@@ -33,27 +32,16 @@ from tqdm import trange
 import smoa
 from gpt_mini import GPT, GPTConfig
 
-PRESETS = {
-    "small": dict(  # 0.8 million parameters: minutes on two cores
-        model=dict(block_size=64, n_layer=4, n_head=4, n_embd=128),
-        batch_size=12,
-        pretrain_steps=4000,
-        pretrain_lr=6e-3,
-        steps=250,
-    ),
-    "large": dict(  # 10.7 million, for a GPU: two minutes on an H200
-        model=dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.1),
-        batch_size=64,
-        pretrain_steps=2500,
-        pretrain_lr=1e-3,
-        steps=400,
-    ),
+SMALL = dict(block_size=64, n_layer=4, n_head=4, n_embd=128)  # 0.8 million parameters
+LARGE = dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.1)  # 10.7 million
+PRESETS = {  # minutes on two cores, minutes on an H200
+    "small": dict(model=SMALL, batch_size=12, pretrain_steps=4000, pretrain_lr=6e-3, steps=250),
+    "large": dict(model=LARGE, batch_size=64, pretrain_steps=2500, pretrain_lr=1e-3, steps=400),
 }
 QUICK = dict(pretrain_steps=1000, steps=100, out=Path("out/quick"))
 
-# The best at rank 4, K = 2 by validation loss: notebooks/studies/records/small.jsonl, large.jsonl.
-# "large": MELoRA's is of K = 4, HiRA's the edge of its sweep, LoRA's half of its best, as it breaks
-# down at 0.03. HiRA and SMoA step in units of |W0|: one rate for all would decide the contest.
+# The best at rank 4, K = 2 by validation: notebooks/studies/records/small.jsonl and large.jsonl
+# (there MELoRA's is of K = 4, HiRA's at the edge, LoRA's half of its best, as 0.03 diverges).
 LEARNING_RATES = {
     "small": dict(smoa=0.1, hira=0.1, lora=0.03, melora=0.02, full=0.004),
     "large": dict(smoa=0.1, hira=0.03, lora=0.01, melora=0.02, full=0.0005),
@@ -97,9 +85,8 @@ def make_plan(argv=None):
         if getattr(plan, name, None) is None:
             setattr(plan, name, value)
     for name in ("rank", "blocks", "pretrain_steps", "steps", "batch_size"):
-        if getattr(plan, name) < 1:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least 1, got {getattr(plan, name)}")
+        if (size := getattr(plan, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {size}")
     try:
         rates = {method: float(rate) for method, rate in (pair.split("=") for pair in plan.lr)}
     except ValueError:
@@ -208,10 +195,8 @@ def train(model, tokens, *, steps, batch_size, lr, weight_decay=0.0, seed=0, lab
     Args:
         tokens: (N,) int64, on the CPU; N > block_size.
         batch_size: windows of block_size tokens, over all processes together.
-        lr: the peak of `learning_rate`.
-        weight_decay: of matrices; vectors (norms, shifts) do not decay.
-        seed: of batches and dropout.
-        label: of a progress bar, on a terminal only; None for no bar.
+        lr, weight_decay: the peak of `learning_rate`; of matrices, vectors do not decay.
+        seed, label: of batches and dropout; of a progress bar on a terminal, None for no bar.
     Raises:
         FloatingPointError: a loss is not finite.
         ValueError: the text is too short, or nothing requires a gradient.
@@ -346,9 +331,9 @@ def main(argv=None):
     plan.out.mkdir(parents=True, exist_ok=True)
     print(f"seed {plan.seed}, device {plan.device}, torch {torch.__version__}, {plan.model}")
     base = pretrain(plan, texts)
-    size = sum(p.numel() for p in base.parameters())
-    row = dict(method="base", lr=plan.pretrain_lr, trainable=size, ms="-")
-    rows = [row | measure(plan, texts, base)]
+    trainable = sum(p.numel() for p in base.parameters())
+    rows = [dict(method="base", lr=plan.pretrain_lr, trainable=trainable, ms="-")]
+    rows[0] |= measure(plan, texts, base)
     for method in plan.methods:
         rows.append(run_method(plan, texts, base, method))
         if RANK == 0:
