@@ -42,7 +42,7 @@ def text_of(output):
 def test_notebook_runs_top_to_bottom(name):
     resources = {"metadata": {"path": str(FOLDER)}}
     notebook = read(FOLDER / f"{name}.ipynb")
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
 
 
 @each_notebook
