@@ -111,7 +111,8 @@ class SMoALinear(nn.Module):
         order: "spectral", "natural", or a pair of permutations (rows (m,), columns (n,)).
     Attributes:
         A, B: min(r, K) parameters each, A[k] (r_k, n_k) and B[k] (m_k, r_k), in float32 (float64
-            over a float64 base). Blocks beyond r have none and stay as they are.
+            over a float64 base). Blocks beyond r have none and stay as they are. A is drawn on the
+            CPU, so that a seed means the same on every device.
         row_order (m,), col_order (n,): int64, in the state dict. They are not buffers, since what
             averages a model's buffers would spoil them.
         merged: whether `base.weight` holds W.
@@ -143,13 +144,14 @@ class SMoALinear(nn.Module):
             order = spectral_order(W0)
         self.row_order, self.col_order = _checked_order(order, m, n, W0.device)
 
-        options = dict(dtype=torch.promote_types(W0.dtype, torch.float32), device=W0.device)
+        wide = torch.promote_types(W0.dtype, torch.float32)
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         for r_k, rows_k, cols_k in zip(split(self.rank, self.num_blocks), self.rows, self.cols):
             if r_k > 0:
-                self.A.append(torch.empty(r_k, len(cols_k), **options))
-                self.B.append(torch.zeros(len(rows_k), r_k, **options))
-                nn.init.kaiming_uniform_(self.A[-1], a=5**0.5)
+                A_k = torch.empty(r_k, len(cols_k), dtype=wide, device="cpu")
+                nn.init.kaiming_uniform_(A_k, a=5**0.5)
+                self.A.append(A_k.to(W0.device))
+                self.B.append(torch.zeros(len(rows_k), r_k, dtype=wide, device=W0.device))
         self.base = base.requires_grad_(False)
         self.register_buffer("kept_W0", None, persistent=False)  # while merged: W0
         self.enabled = True  # False inside `disabled(model)`

@@ -20,6 +20,7 @@ from train_shakespeare import LEARNING_RATES, Texts
 STUDIES = Path(__file__).resolve().parents[1] / "notebooks" / "studies"
 sys.path.insert(0, str(STUDIES))
 import anchors  # noqa: E402
+import rank  # noqa: E402
 import reach  # noqa: E402
 import repairs  # noqa: E402
 import runner  # noqa: E402
@@ -112,9 +113,9 @@ def test_wrong_flags_are_explained(capsys):
 OURS, THEIRS = "smoa r=2 K=2", "lora r=1"
 
 
-def study_of(*lines):
+def study_of(*lines, task=smollm.SmolLM):
     """A study of invented (arm, rung, seed, validation, held-out losses)."""
-    study = smollm.SmolLM("nowhere")
+    study = task("nowhere")
     keys = ("arm", "rung", "seed", "validation", "folio")
     study.lines = [dict(zip(keys, line)) for line in lines]
     return study
@@ -141,12 +142,12 @@ def test_luck_is_judged_over_the_same_seeds():
 def dose_study(leads):
     """Complete runs of all anchors on the Folio, with these leads over no anchor, and noise."""
     noise, lines = torch.Generator().manual_seed(0), []
-    for arm, lead in zip(smollm.dose_arms("folio")[0].values(), leads):
-        middle, seeds = smollm.ARMS[arm]
+    for arm, lead in zip(rank.dose_arms("folio")[0].values(), leads):
+        middle, seeds = rank.Rank.ARMS[arm]
         for rung, seed in [(middle - 1, 0), (middle + 1, 0), *((middle, s) for s in range(seeds))]:
             losses = 4 - lead + 0.01 * torch.randn(20, generator=noise)
             lines.append((arm, rung, seed, [abs(rung - middle)], losses.tolist()))
-    study = study_of(*lines)
+    study = study_of(*lines, task=rank.Rank)
     for line in study.lines:
         line |= dict(train=[3.0] * 70 + [2.0] * 10, update=dict(rank=8, stable_rank=2.0, size=0.1))
     return study
@@ -162,14 +163,14 @@ LEADS = {
 @pytest.mark.parametrize("verdict", LEADS)
 def test_the_dose_response_has_its_verdict(verdict, capsys):
     study = dose_study(LEADS[verdict])
-    row = smollm.dose_response(study, "folio")["full"]
+    row = study.dose_response("folio")["full"]
     assert row["difference"] == pytest.approx(-LEADS[verdict][5], abs=0.01)
     assert row["train"] == 2 and row["rank"] == 8
     assert (row["p"] < 0.05) == (LEADS[verdict][5] > 0)
-    smollm.print_dose_response(study, "folio")
+    study.print_dose_response("folio")
     assert f"Verdict: {verdict}" in capsys.readouterr().out
     study.lines = [line for line in study.lines if " p=8" not in line["arm"]]
-    smollm.print_dose_response(study, "folio")
+    study.print_dose_response("folio")
     assert "not on record yet: runs of p = 8 are missing" in capsys.readouterr().out
 
 
@@ -278,7 +279,7 @@ def test_an_adapted_model_starts_as_the_base(tiny):
     base, texts = tiny
     batch = smollm.windows(texts["folio"], 2)
     before = smollm.token_losses(base, batch)
-    for arm in smollm.ARMS:
+    for arm in smollm.ARMS | rank.Rank.ARMS:
         model = copy.deepcopy(base)
         smollm.adapt(model, arm)
         torch.testing.assert_close(smollm.token_losses(model, batch), before)
@@ -286,24 +287,47 @@ def test_an_adapted_model_starts_as_the_base(tiny):
         assert any(controls) == ("p=" in arm or "noise" in arm or "permuted" in arm)
 
 
+def train_once(arm, rung, seed, base, texts):
+    return smollm.train_runs([(arm, rung, seed)], base, {"folio": texts, "japanese": texts})[0]
+
+
 @pytest.mark.parametrize("arm", ["lora+ r=1 ratio 4", "smoa r=8 K=2 natural p=2", "full"])
 def test_a_run_learns_and_can_be_repeated(tiny, arm):
     base, texts = tiny
     before = smollm.measure(base, texts)["folio"]
-    line, model = smollm.train_once(arm, 4, 0, base, texts)
+    line, model = train_once(arm, 4, 0, base, texts)
     assert smollm.measure(base, texts)["folio"] == before  # the base is left alone
     assert sum(line["folio"]) < sum(before) and len(line["folio"]) == len(before)
-    again, _ = smollm.train_once(arm, 4, 0, base, texts)
+    again, _ = train_once(arm, 4, 0, base, texts)
     assert {**line, "seconds": 0} == {**again, "seconds": 0}
     for _, layer in smoa.adapters(model):
         layer.unmerge()  # on record is the loss of what was trained
     assert smollm.measure(model, texts)["folio"] == pytest.approx(line["folio"], abs=2e-4)
 
 
+SIDE_BY_SIDE = [
+    [("smoa r=8 K=2 natural p=2", 3, 0), ("smoa r=8 K=2 natural p=full", 2, 1)],
+    [("lora r=4", -2, 0), ("lora+ r=4 ratio 4", -4, 1), ("lora r=4 japanese", -3, 0)],
+    [("melora r=8 K=2", 1, 0), ("melora r=8 K=2", 0, 0)],
+    [("smoa r=2 K=2", 4, 0), ("smoa r=2 K=2 japanese", 5, 2)],
+]
+
+
+@pytest.mark.parametrize("runs", SIDE_BY_SIDE)
+def test_runs_side_by_side_are_those_alone(tiny, runs):
+    base, texts = tiny
+    texts = {"folio": texts, "japanese": texts}
+    assert len({smollm.alike(arm) for arm, *_ in runs}) == 1
+    for run, (line, _) in zip(runs, smollm.train_runs(runs, base, texts)):
+        alone, _ = smollm.train_runs([run], base, texts)[0]
+        assert line["train"] == pytest.approx(alone["train"], abs=2e-4)
+        assert line["folio"] == pytest.approx(alone["folio"], abs=2e-3)
+
+
 def test_lora_plus_moves_B_further(tiny):
     sizes = []
     for arm in ("lora r=1", "lora+ r=1 ratio 16"):
-        _, model = smollm.train_once(arm, -8, 0, *tiny)
+        _, model = train_once(arm, -8, 0, *tiny)
         sizes.append(sum(layer.B[0].norm() for _, layer in smoa.adapters(model)))
     assert sizes[1] > 4 * sizes[0]
 
@@ -369,7 +393,8 @@ def test_records_hold_each_run_once_on_one_base(name):
     study = record(name)
     lines = [line for line in study.lines if line["arm"] != "base"]
     runs = [(line["arm"], line[study.RATE], line["seed"]) for line in lines]
-    assert len(runs) == len(set(runs)) > 0 and {arm for arm, _, _ in runs} <= set(study.ARMS)
+    known = {*study.ARMS, *rank.Rank.ARMS}
+    assert len(runs) == len(set(runs)) > 0 and {arm for arm, _, _ in runs} <= known
     assert len({str(line["base"]) for line in lines}) == 1
 
 

@@ -21,6 +21,7 @@ style as well.
 
 import contextlib
 import copy
+import functools
 import gzip
 import importlib.util
 import io
@@ -31,11 +32,11 @@ import sys
 import time
 from pathlib import Path
 
+import side_by_side
 import torch
 import torch.nn.functional as F
 from anchors import give_other_anchor
 from runner import RECORDS, Study, adapter_options, command, digest
-from stats import holm, p_value
 
 import smoa
 from train_shakespeare import corpus, learning_rate
@@ -66,8 +67,7 @@ def load_base():
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     with contextlib.redirect_stderr(io.StringIO()):  # two progress bars
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().requires_grad_(False).to(device), tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def linear_names(model):
@@ -155,22 +155,8 @@ ARMS = {
     "smoa r=8 K=2 noise": (3, 5),
 }
 
-# Is it the rank? SMoA of r = 8, K = 2 in natural order, over anchors of rank p in place of W0: the
-# same parameters on the same support, only rank(delta_W) differs. Written before the first run:
-# - The lead over "melora r=8 K=2" (p = 0: no anchor) grows with p: the rank is what helps.
-# - It is all there at p = 1, where delta_W = diag(u) blockdiag(B_k A_k) diag(v) has MELoRA's rank:
-#   it is the random rescaling of rows and columns, not the rank.
-# - No p leads: with this support and this order the anchor does not help.
-# - LoRA+ (2402.12354, a higher rate for B than for A) is level with SMoA: LoRA's baseline was weak.
-DOSES = (1, 2, 8, 64, "full")
-for end in ("", " japanese"):
-    for p in DOSES:
-        ARMS[f"smoa r=8 K=2 natural p={p}{end}"] = (2 if p in (1, 2) else 3, 5)
-    ARMS[f"melora r=8 K=2{end}"] = (1, 5)
-    ARMS[f"melora r=2 K=2{end}"] = (1, 3)
-    for r, middle in ((4, -2), (1, -1)):
-        ARMS[f"lora+ r={r} ratio 4{end}"] = (middle, 3)
-        ARMS[f"lora+ r={r} ratio 16{end}"] = (middle - 2, 3)
+for r in (2, 8):
+    ARMS |= {f"melora r={r} K=2": (1, 3), f"melora r={r} K=2 japanese": (1, 3)}
 ARMS["hira r=4 japanese"] = (3, 3)
 
 
@@ -203,11 +189,12 @@ def adapt(model, arm, orders=None):
     spectral = options["num_blocks"] > 1 and "order" not in options
     orders = {} if orders is None else orders
     for name in names:
+        linear = model.get_submodule(name)
         if spectral:
             if name not in orders:
-                orders[name] = smoa.spectral_order(model.get_submodule(name).weight)
+                orders[name] = smoa.spectral_order(linear.weight)
             options["order"] = orders[name]
-        smoa.inject(model, [name], **options)
+        model.set_submodule(name, smoa.SMoALinear(linear, **options))
     anchor = re.search(r"permuted|noise|p=(\w+)", arm)
     for _, layer in smoa.adapters(model) if anchor else ():
         give_other_anchor(layer, f"rank {anchor[1]}" if anchor[1] else anchor[0])
@@ -224,13 +211,15 @@ def token_losses(model, batch):
 @torch.no_grad()
 def evaluate(model, batch):
     """Mean nats a token of each window, (B,)."""
-    return torch.cat([token_losses(model, part).mean(1) for part in batch.split(4)])
+    size = 64 if model.device.type == "cuda" else 4
+    return torch.cat([token_losses(model, part).mean(1) for part in batch.split(size)])
 
 
-def train(model, tokens, *, lr, seed, steps=STEPS, ratio=1, progress=None):
+def train(model, batch, *, lr, steps=STEPS, ratio=1):
     """Train what requires a gradient; the loss of each step. Stops at a loss that is not finite.
 
-    B learns at `ratio` times the rate of everything else (LoRA+).
+    `batch` is a function from the step to its windows, (B, T + 1). B learns at `ratio` times the
+    rate of everything else (LoRA+).
     """
     params = [p for p in model.parameters() if p.requires_grad]
     B = {B_k for _, layer in smoa.adapters(model) for B_k in layer.B}
@@ -240,10 +229,10 @@ def train(model, tokens, *, lr, seed, steps=STEPS, ratio=1, progress=None):
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
-    for step in progress or range(steps):
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["ratio"] * learning_rate(step, steps, lr)
-        loss = token_losses(model, batch(tokens, seed, step)).mean()
+        loss = token_losses(model, batch(step)).mean()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
@@ -279,7 +268,7 @@ def describe_updates(model, every=8):
     for _, layer in list(smoa.adapters(model))[::every]:
         D, W0 = layer.delta_weight().double(), layer.original_weight().double()
         D = D if D.shape[0] <= D.shape[1] else D.mT
-        s2 = torch.linalg.eigvalsh(D @ D.mT).clamp(min=0)
+        s2 = torch.linalg.eigvalsh((D @ D.mT).cpu()).clamp(min=0)
         ranks.append((s2 > 1e-12 * s2.max()).sum().item())
         stable_ranks.append((s2.sum() / s2.max()).item())
         sizes.append((D.norm() / W0.norm()).item())
@@ -287,27 +276,60 @@ def describe_updates(model, every=8):
     return {name: round(statistics.fmean(values), 5) for name, values in found.items()}
 
 
-def train_once(arm, rung, seed, base, texts, orders=None):
-    """(the line of the record, but for its origin; the trained model) of one run."""
-    model = copy.deepcopy(base)
-    torch.manual_seed(seed)
-    adapt(model, arm, orders)
-    ratio = int(arm.split("ratio ")[1].split()[0]) if "ratio" in arm else 1
-    steps = STEPS * (4 if arm.endswith("long") else 1)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def steps_of(arm):
+    return STEPS * (4 if arm.endswith("long") else 1)
+
+
+def ratio_of(arm):
+    """B's rate over A's: LoRA+."""
+    return int(arm.split("ratio ")[1].split()[0]) if "ratio" in arm else 1
+
+
+def alike(arm):
+    """What the arms have in common that may train side by side: the shapes of their factors."""
+    arm = arm.removesuffix(" japanese").replace("lora+", "lora")
+    return re.sub(r" ratio \d+", "", re.sub(r"p=\w+", "p", arm))
+
+
+def train_runs(runs, base, texts, orders=None):
+    """[(line of the record but for its origin, trained model)] of some runs that are alike.
+
+    Args:
+        runs: (arm, rung, seed) of each. Several of them train side by side, as one batch.
+        texts: {kind: what `load_texts` gives}.
+    """
+    models = []
+    for arm, _, seed in runs:
+        # All share the frozen weights: a merge replaces them, and writes into none.
+        shared = {} if arm == "full" else {id(p): p for p in base.parameters()}
+        models.append(copy.deepcopy(base, shared))
+        torch.manual_seed(seed)
+        adapt(models[-1], arm, orders)
+    steps, found = steps_of(runs[0][0]), []
+    settings = [dict(lr=rate(rung), ratio=ratio_of(arm)) for arm, rung, _ in runs]
+    for (arm, _, seed), setting in zip(runs, settings):
+        setting["batch"] = functools.partial(batch, texts[learned(arm)]["train"], seed)
     begin = time.time()
-    losses = train(model, texts["train"], lr=rate(rung), seed=seed, steps=steps, ratio=ratio)
-    seconds = [round(time.time() - begin)]
-    line = dict(arm=arm, rung=rung, lr=rate(rung), seed=seed, steps=steps, trainable=trainable)
-    line |= dict(train=[round(loss, 4) for loss in losses])
-    if any(smoa.adapters(model)):
-        line |= dict(update=describe_updates(model))
-        smoa.merge(model)  # judged at the base's own speed
-    line |= dict.fromkeys(judged(texts), [])
-    begin = time.time()
-    if math.isfinite(losses[-1]):  # only seed 0 chooses a rate
-        line |= measure(model, {k: v for k, v in texts.items() if seed == 0 or k != "validation"})
-    return line | dict(seconds=[*seconds, round(time.time() - begin)]), model
+    if len(runs) == 1:
+        losses = [train(models[0], steps=steps, **settings[0])]
+    else:
+        losses = side_by_side.train(models, settings, steps, token_losses)
+    seconds = round((time.time() - begin) / len(runs), 1)
+    for (arm, rung, seed), model, run_losses in zip(runs, models, losses):
+        line = dict(arm=arm, rung=rung, lr=rate(rung), seed=seed, steps=steps)
+        line |= dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
+        line |= dict(train=[round(loss, 4) for loss in run_losses])
+        own = texts[learned(arm)]
+        line |= dict.fromkeys(judged(own), [])
+        begin = time.time()
+        if math.isfinite(run_losses[-1]):
+            if any(smoa.adapters(model)):
+                line |= dict(update=describe_updates(model))
+                smoa.merge(model)  # judged at the base's own speed
+            # only seed 0 chooses a rate
+            line |= measure(model, {k: v for k, v in own.items() if seed == 0 or k != "validation"})
+        found.append((line | dict(seconds=[seconds, round(time.time() - begin, 1)]), model))
+    return found
 
 
 def kept_name(arm, rung, seed):
@@ -344,6 +366,9 @@ class SmolLM(Study):
             ("hira r=1 japanese", "lora r=1 japanese"),
             ("smoa r=4 K=4 natural", "melora r=4 K=4"),
             ("smoa r=16 K=4 natural", "melora r=16 K=4"),
+            ("smoa r=2 K=2 natural", "melora r=2 K=2"),
+            ("smoa r=8 K=2 natural", "melora r=8 K=2"),
+            ("hira r=4 japanese", "lora r=4 japanese"),
         ],
         "the anchor helps because it is W0": [
             ("hira r=1", "hira r=1 permuted"),
@@ -360,6 +385,10 @@ class SmolLM(Study):
             ("smoa r=4 K=4", "hira r=1"),
             ("melora r=4 K=4", "lora r=1"),
             ("melora r=16 K=4", "lora r=4"),
+            ("melora r=2 K=2", "lora r=1"),
+            ("melora r=8 K=2", "lora r=4"),
+            ("melora r=2 K=2 japanese", "lora r=1 japanese"),
+            ("melora r=8 K=2 japanese", "lora r=4 japanese"),
         ],
         "two blocks beat four": [
             ("smoa r=2 K=2", "smoa r=4 K=4"),
@@ -377,14 +406,14 @@ class SmolLM(Study):
     }
 
     def first_rates(self, arm):
-        middle = ARMS[arm][0]
+        middle = self.ARMS[arm][0]
         return [middle, middle - 1, middle + 1]
 
     def next_rate(self, rung, up):
         return rung + 1 if up else rung - 1
 
     def seeds(self, arm):
-        return ARMS[arm][1]
+        return self.ARMS[arm][1]
 
     def learned(self, arm):
         return learned(arm)
@@ -396,31 +425,62 @@ class SmolLM(Study):
     @staticmethod
     def add_arguments(parser):
         parser.add_argument("--keep", type=Path, help="a folder for the trained factors")
+        together = "train up to N runs that are alike side by side, as one batch (for a card)"
+        parser.add_argument("--together", type=int, default=1, metavar="N", help=together)
 
     def prepare(self, args):
         import transformers
 
         self.base, self.tokenizer = load_base()
         tensors = [tensor for _, tensor in sorted(self.base.state_dict().items())]
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self.origin = dict(torch=torch.__version__, transformers=transformers.__version__)
-        self.origin |= dict(device=self.base.device.type, base=digest(tensors))
+        self.origin |= dict(device=device, base=digest(tensors))
         self.check_base(self.origin["base"])
+        self.base.to("cpu" if device == "cpu" else "cuda")
         self.texts, self.orders, self.keep = {}, {}, args.keep
+        self.together = args.together
+
+    def next_runs(self, arms):
+        """As many runs that are alike as may train side by side; where most are wanted, first."""
+        todo = [(arm, *pair) for arm in arms for pair in self.wanted(arm)]
+        groups = {}
+        for run in sorted(todo, key=lambda run: run[2]):
+            groups.setdefault(alike(run[0]), []).append(run)
+        return max(groups.values(), key=len, default=[])[: self.together]
+
+    def run_missing(self, arms):
+        if self.together == 1:
+            return super().run_missing(arms)
+        while runs := self.next_runs(arms):
+            print(time.strftime("%H:%M:%S"), *runs, sep="\n    ", flush=True)
+            for line in self.run_alike(runs):
+                self.append(line)
+            self.lines = self.read()
 
     def run(self, arm, rung, seed):
-        text = learned(arm)
-        if text not in self.texts:
-            self.texts[text] = load_texts(self.tokenizer, text)
-        if not self.base_losses(text):
-            self.append(dict(arm="base", **measure(self.base, self.texts[text]), **self.origin))
-        line, model = train_once(arm, rung, seed, self.base, self.texts[text], self.orders)
-        print(f"    loss {self.loss(line):.4f}, {line['seconds']} s", flush=True)
-        if self.keep:
-            for _, layer in smoa.adapters(model):
-                layer.unmerge()
-            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            torch.save(trained, self.keep / kept_name(arm, rung, seed))
-        return line | self.origin
+        return self.run_alike([(arm, rung, seed)])[0]
+
+    def run_alike(self, runs):
+        """The lines of the record of runs that are alike."""
+        for text in {learned(arm) for arm, *_ in runs}:
+            if text not in self.texts:
+                self.texts[text] = load_texts(self.tokenizer, text)
+            if not self.base_losses(text):
+                losses = measure(self.base, self.texts[text])
+                self.append(dict(arm="base", **losses, **self.origin))
+                self.lines = self.read()
+        lines = []
+        for line, model in train_runs(runs, self.base, self.texts, self.orders):
+            print(f"    loss {self.loss(line):.4f}, {line['seconds']} s", flush=True)
+            if self.keep:
+                for _, layer in smoa.adapters(model):
+                    layer.unmerge()
+                trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                name = kept_name(line["arm"], line["rung"], line["seed"])
+                torch.save(trained, self.keep / name)
+            lines.append(line | self.origin)
+        return lines
 
     def summary(self):
         for text in ("folio", "japanese"):
@@ -428,99 +488,10 @@ class SmolLM(Study):
                 print(f"the base on {text}: {statistics.fmean(losses):.4f}", end=", on modern: ")
                 print(f"{statistics.fmean(self.base_losses('modern')):.4f}")
         super().summary()
-        for text in ("folio", "japanese"):
-            print_dose_response(self, text)
         lacking = self.missing()
-        runs = [line for line in self.lines if line["arm"] in ARMS]
+        runs = [line for line in self.lines if line["arm"] in self.ARMS]
         print(f"\n{len(runs)} runs on record; at least {sum(lacking.values())} are missing:")
         print("  " + ", ".join(f"{arm} ({count})" for arm, count in lacking.items()))
-
-
-# ---- The dose-response ---------------------------------------------------------------------------
-
-
-def dose_arms(text):
-    """({p: arm}, {rival: arm}) on a text: anchors by their rank, and what else has the budget."""
-    end = "" if text == "folio" else f" {text}"
-    doses = {0: f"melora r=8 K=2{end}"}
-    doses |= {p: f"smoa r=8 K=2 natural p={p}{end}" for p in DOSES}
-    rivals = ("lora r=4", "lora+ r=4 ratio 4", "lora+ r=4 ratio 16", "smoa r=8 K=2")
-    return doses | {"W0": f"smoa r=8 K=2 natural{end}"}, {name: name + end for name in rivals}
-
-
-def dose_response(study, text):
-    """A row for each anchor and each rival that is on record.
-
-    Returns:
-        {p or rival: dict}: arm, seeds, loss; train, the mean loss of the last ten steps; rank,
-        stable_rank and size of the updates (None where the runs have not recorded them);
-        difference to p = 0 and half of its 95 % interval (None where it is missing); of the
-        anchors p, after Holm's correction for the anchors of this text.
-    """
-    doses, rivals = dose_arms(text)
-    rows, p_values = {}, {}
-    for name, arm in (doses | rivals).items():
-        runs = study.runs(arm).values()
-        if not runs:
-            continue
-        row = dict(arm=arm, seeds=len(runs), loss=study.mean_loss(arm))
-        row["train"] = statistics.fmean(loss for line in runs for loss in line["train"][-10:])
-        for key in ("rank", "stable_rank", "size"):
-            found = [line["update"][key] for line in runs if "update" in line]
-            row[key] = statistics.fmean(found) if found else None
-        row["difference"], row["half"], _ = study.compare(arm, doses[0]) or (None, None, 0)
-        if name in doses and name != 0 and row["half"] is not None:
-            p_values[name] = p_value(study.paired(arm, doses[0]))
-        rows[name] = row
-    for name, p in holm(p_values).items():
-        rows[name]["p"] = p
-    return rows
-
-
-def dose_verdict(study, text):
-    """What the outcome means, by the rule above DOSES; "grows" is p = full against p = 1."""
-    doses, _ = dose_arms(text)
-    arms = {p: arm for p, arm in doses.items() if arm in ARMS}
-    lacking = [p for p, arm in arms.items() if not study.settled(arm) or len(study.runs(arm)) < 3]
-    if lacking:
-        return f"not on record yet: runs of p = {', '.join(map(str, lacking))} are missing"
-    rows = dose_response(study, text)
-    leads = {p: rows[p]["difference"] < 0 and rows[p]["p"] < 0.05 for p in DOSES}
-    difference, half, _ = study.compare(doses["full"], doses[1])
-    if not any(leads.values()):
-        return "no p leads: with this support and this order the anchor does not help"
-    if leads["full"] and difference + half < 0:
-        return "the lead grows with p: the rank is what helps"
-    if leads[1]:
-        return "the lead is there at p = 1: the random rescaling of rows and columns, not the rank"
-    return "some p lead, but neither p = 1 nor growth from it is significant: undecided"
-
-
-def print_dose_response(study, text):
-    """The table of `dose_response`, its verdict, and SMoA against LoRA at its strongest."""
-    doses, rivals = dose_arms(text)
-    rows = dose_response(study, text)
-    print(f"\nIs it the rank? Anchors of rank p on {text}, and rivals of as many parameters:")
-    print("  p                   seeds    loss  less that of p = 0  p (Holm)", end="")
-    print("   rank  stable rank   size  training")
-    for name in doses | rivals:
-        if name not in rows:
-            print(f"  {name!s:20} not on record yet")
-            continue
-        row = rows[name]
-        compared = name != 0 and row["half"] is not None
-        difference = f"{row['difference']:+.4f} +- {row['half']:.4f}" if compared else "-"
-        p = f"{row['p']:.3f}" if "p" in row else "-"
-        print(f"  {name!s:20}{row['seeds']:5}{row['loss']:8.4f}{difference:>20}{p:>10}", end="")
-        if row["rank"] is None:
-            print(f"{'-':>7}{'-':>13}{'-':>7}", end="")
-        else:
-            print(f"{row['rank']:7.1f}{row['stable_rank']:13.1f}{row['size']:7.3f}", end="")
-        print(f"{row['train']:10.4f}")
-    print(f"  Verdict: {dose_verdict(study, text)}")
-    *theirs, ours = rivals.values()
-    for arm in theirs:
-        print(f"  {ours} - {arm}: {study.verdict(ours, arm)}")
 
 
 if __name__ == "__main__":
