@@ -97,6 +97,17 @@ def spectral_order(weight):
 # The layer
 
 
+class Factors(nn.ParameterList):
+    """Stays in float32 at least: `.half()` would round away the small steps in which they learn."""
+
+    def _apply(self, fn, recurse=True):
+        def widened(tensor):
+            new = fn(tensor)
+            return new if new.dtype.itemsize >= 4 else tensor.to(new.device)
+
+        return super()._apply(widened, recurse)
+
+
 class SMoALinear(nn.Module):
     """A linear layer over a frozen weight W0: y = x W^T + bias with W = W0 * (1 + s B A).
 
@@ -145,7 +156,7 @@ class SMoALinear(nn.Module):
         self.row_order, self.col_order = _checked_order(order, m, n, W0.device)
 
         wide = torch.promote_types(W0.dtype, torch.float32)
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()
+        self.A, self.B = Factors(), Factors()
         for r_k, rows_k, cols_k in zip(split(self.rank, self.num_blocks), self.rows, self.cols):
             if r_k > 0:
                 A_k = torch.empty(r_k, len(cols_k), dtype=wide, device="cpu")
@@ -200,32 +211,30 @@ class SMoALinear(nn.Module):
         """W, in the orientation and the dtype of the base's weight, rounded to it once, as a merge
         does. nn.MultiheadAttention and others read it past `forward`; dropout does not act there.
         """
-        self._refuse_to_train_merged()
-        if self.merged or not self.enabled:
-            return self.base.weight
-        W = self.original_weight() + self.delta_weight()
-        return self._oriented(W).to(self.base.weight.dtype)
-
-    def forward(self, x):  # (..., n) -> (..., m)
-        self._refuse_to_train_merged()
-        if self.merged or not self.enabled:
-            return self.base(x)
-        if not self.modulate:  # LoRA, MELoRA: a detour through r numbers
-            A, B = (factor.to(x.dtype) for factor in self.factors())
-            z = F.dropout(x, self.dropout, self.training)
-            return self.base(x) + self.scale * F.linear(F.linear(z, A), B)
-        if self.dropout and self.training:
-            z = F.dropout(x, self.dropout)
-            return self.base(x) + F.linear(z, self.delta_weight().to(x.dtype))
-        if _has_hooks(self.base):  # the base itself runs, with W for its weight
-            return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
-        return modulated_linear(self, x)  # F.linear(x, W, bias): see the last section
-
-    def _refuse_to_train_merged(self):
-        if self.merged and self.training and torch.is_grad_enabled():
+        if self.merged and self.enabled and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "a merged layer does not train: call smoa.unmerge(model), or model.eval() to use it"
             )
+        if self.merged == self.enabled:  # the base holds what is wanted: W merged, W0 disabled
+            return self.base.weight
+        W = self.original_weight()
+        W = W + self.delta_weight() if self.enabled else W
+        return self._oriented(W).to(self.base.weight.dtype)
+
+    def forward(self, x):  # (..., n) -> (..., m)
+        if self.enabled and not self.merged:
+            z = F.dropout(x, self.dropout, self.training)
+            if not self.modulate:  # LoRA, MELoRA: a detour through r numbers
+                A, B = (factor.to(x.dtype) for factor in self.factors())
+                return self.base(x) + self.scale * F.linear(F.linear(z, A), B)
+            if self.dropout and self.training:
+                return self.base(x) + F.linear(z, self.delta_weight().to(x.dtype))
+            if not _has_hooks(self.base):
+                return modulated_linear(self, x)  # F.linear(x, W, bias): see the last section
+        W = self.weight
+        if W is self.base.weight:
+            return self.base(x)
+        return torch.func.functional_call(self.base, {"weight": W}, (x,))
 
     def _oriented(self, W):
         """From the orientation of the base's weight to (m, n), or back."""
@@ -272,23 +281,11 @@ class SMoALinear(nn.Module):
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, fn, *args, **kwargs):
-        """`.to`, `.half` and so on: the orders move along, the factors stay in float32 at least.
-
-        Half precision would round away the small steps in which they learn.
-        """
-        factors = [*self.A, *self.B]
-        own = {id(tensor) for p in factors for tensor in (p, p.grad)}
-
-        def moved(tensor):
-            new = fn(tensor)
-            narrow = new.dtype in (torch.float16, torch.bfloat16)
-            return tensor.to(new.device) if narrow and id(tensor) in own else new
-
-        super()._apply(moved, *args, **kwargs)
-        if not self.A[0].is_meta:
-            self.row_order = self.row_order.to(self.A[0].device)
-            self.col_order = self.col_order.to(self.A[0].device)
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        device = self.A[0].device
+        if device.type != "meta":
+            self.row_order, self.col_order = self.row_order.to(device), self.col_order.to(device)
         return self
 
     def extra_repr(self):
@@ -390,18 +387,14 @@ def unload(model, *, merge=False):
 @contextlib.contextmanager
 def disabled(model):
     """A context in which the model computes exactly what its base does, merged or not."""
-    before = [(layer, layer.enabled, layer.merged) for layer in _adapted_layers(model)]
+    before = [(layer, layer.enabled) for layer in _adapted_layers(model)]
     try:
-        for layer, _, _ in before:
-            layer.unmerge()
+        for layer, _ in before:
             layer.enabled = False
         yield model
     finally:
-        here = [layer for _, layer in adapters(model)]  # those not unloaded meanwhile
-        for layer, enabled, merged in before:
+        for layer, enabled in before:
             layer.enabled = enabled
-            if merged and layer in here:
-                layer.merge()
 
 
 def _is_adapted(module):
@@ -638,8 +631,9 @@ def count_parameters(out_features, in_features, rank, num_blocks):
     >>> count_parameters(768, 768, rank=8, num_blocks=1), count_parameters(768, 768, 8, 4)
     (12288, 3072)
     """
-    sizes = _block_sizes(out_features, in_features, rank, num_blocks)
-    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in sizes)
+    _check_options(out_features, in_features, rank, num_blocks)
+    sizes = (split(size, num_blocks) for size in (rank, out_features, in_features))
+    return sum(r_k * (m_k + n_k) for r_k, m_k, n_k in zip(*sizes))
 
 
 def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
@@ -651,17 +645,11 @@ def rank_bound(out_features, in_features, rank, num_blocks, *, modulate=True):
     >>> rank_bound(768, 768, rank=8, num_blocks=4), rank_bound(768, 768, 8, 4, modulate=False)
     (768, 8)
     """
-    bound = 0
-    for r_k, m_k, n_k in _block_sizes(out_features, in_features, rank, num_blocks):
-        anchor_rank = min(m_k, n_k) if modulate else 1
-        bound += min(m_k, n_k, r_k * anchor_rank)
-    return bound
-
-
-def _block_sizes(m, n, rank, num_blocks):
-    """K triples (r_k, m_k, n_k)."""
-    _check_options(m, n, rank, num_blocks)
-    return list(zip(*(split(total, num_blocks) for total in (rank, m, n))))
+    _check_options(out_features, in_features, rank, num_blocks)
+    sizes = (split(size, num_blocks) for size in (rank, out_features, in_features))
+    return sum(
+        min(m_k, n_k, r_k * min(m_k, n_k) if modulate else r_k) for r_k, m_k, n_k in zip(*sizes)
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -692,30 +680,23 @@ def _check_base(base, modulate):
         not _is_adapted(base),
         "this layer is adapted already: smoa.unload(model) first, or smoa.load another adapter",
     )
-    W0, error = base._parameters.get("weight"), TypeError
+    W0 = base._parameters.get("weight")
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if not _is_linear(base):
-        why = f"it is not a plain linear layer; those inside it: {_linear_names(base)}"
-    elif "forward" in vars(base) or W0 is None:
-        why = "its forward is replaced, as by offloading, or its weight computed, as by pruning"
-    elif type(W0) is not nn.Parameter or W0.layout != torch.strided or W0.dtype not in floats:
-        why = f"its weight is a {type(W0).__name__} in {W0.dtype}, {W0.layout}"
-    elif W0.ndim != 2 or W0.is_meta:
-        why = f"its weight has shape {tuple(W0.shape)} on {W0.device}"
-    else:
-        error = ValueError
-        if not W0.isfinite().all():
-            why = "its weight holds NaN or infinity"
-        elif modulate and not W0.any():
-            why = "its weight is zero, and so is every multiple of it"
-        else:
-            return
-    raise error(
-        f"{type(base).__module__}.{type(base).__qualname__} cannot be adapted: {why}. SMoA adapts "
-        "torch.nn.Linear (or Hugging Face's Conv1D) with its own forward and a dense, finite "
-        "weight. If quantization, offloading, pruning or another adapter changed this layer, undo "
-        "that first; otherwise leave it out"
-    )
+    plain = _is_linear(base) and "forward" not in vars(base) and type(W0) is nn.Parameter
+    dense = plain and W0.ndim == 2 and W0.layout == torch.strided and not W0.is_meta
+    if not dense or W0.dtype not in floats:
+        weight = "none of its own"
+        if W0 is not None:
+            weight = f"{type(W0).__name__} in {W0.dtype}, {W0.layout}, on {W0.device}"
+        raise TypeError(
+            f"{type(base).__module__}.{type(base).__qualname__} (weight: {weight}) cannot be "
+            "adapted. SMoA adapts torch.nn.Linear (or Hugging Face's Conv1D) with its own forward "
+            "and a dense matrix for its weight. If quantization, offloading, pruning or another "
+            "adapter changed this layer, undo that first; otherwise leave it out. The linear "
+            f"layers inside it: {_linear_names(base)}"
+        )
+    _require(W0.isfinite().all(), "the weight holds NaN or infinity")
+    _require(W0.any() or not modulate, "the weight is zero, and so is every multiple of it")
 
 
 def _check_untied(model, base):
@@ -733,16 +714,17 @@ def _check_untied(model, base):
 
 
 def _check_options(m, n, rank, num_blocks, alpha=1.0, dropout=0.0):
-    for name, size in dict(rank=rank, num_blocks=num_blocks).items():
-        whole = isinstance(size, numbers.Integral) and size >= 1
-        _require(whole, f"{name} must be a whole number of at least 1, got {size!r}")
-    most = min(m, n)
     _require(
-        num_blocks <= most,
-        f"a ({m}, {n}) weight has 1 to {most} blocks, got num_blocks={num_blocks}",
+        isinstance(rank, numbers.Integral)
+        and isinstance(num_blocks, numbers.Integral)
+        and rank >= 1
+        and 1 <= num_blocks <= min(m, n)
+        and 0 < alpha < float("inf")
+        and 0 <= dropout < 1,
+        f"got rank={rank!r}, num_blocks={num_blocks!r}, {alpha=}, {dropout=}; a ({m}, {n}) "
+        f"weight needs a whole rank >= 1, 1 to {min(m, n)} blocks, a finite alpha > 0 and a "
+        "dropout in [0, 1)",
     )
-    _require(0 < alpha < float("inf"), f"alpha must be positive and finite, got {alpha!r}")
-    _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
 
 
 def _checked_order(order, m, n, device):
@@ -764,20 +746,17 @@ def _checked_order(order, m, n, device):
 
 def _check_state(state):
     keys = {"options", "A", "B", "order", "base_sketch"}
-    parts = isinstance(state, dict) and (state.get("layers"), state.get("trained"))
-    _require(
-        parts
-        and all(isinstance(part, dict) for part in parts)
-        and parts[0]
-        and all(isinstance(own, dict) and own.keys() == keys for own in parts[0].values()),
-        "this is not the state of a SMoA adapter, as smoa.state_dict gives it",
-    )
+    try:
+        known = state["layers"] and all(own.keys() == keys for own in state["layers"].values())
+        known = known and state["trained"].keys() is not None
+    except (TypeError, KeyError, AttributeError):
+        known = False
+    _require(known, "this is not the state of a SMoA adapter, as smoa.state_dict gives it")
 
 
 def _check_mergeable(layers):
     trains = any(layer.base.weight.requires_grad for layer in layers)
     _require(not trains, "a base weight trains, and a merge would replace it: freeze it first")
-    _require(all(layer.enabled for layer in layers), "leave smoa.disabled before you merge")
 
 
 def _check_shape(name, saved, own):
@@ -807,50 +786,41 @@ def modulated_linear(layer, x):  # (..., n) -> (..., m)
     return _lean_linear(x, W0, layer.bias, layer.scale, *blocks, *layer.A, *layer.B)
 
 
-def _make_lean_linear():
-    """Make the class where IPython's autoreload cannot see it: it never gets done with one."""
+class LeanLinear(torch.autograd.Function):
+    """Autograd would keep W (m, n) for the backward, and compute all of the weight's gradient
+    g^T x. This builds W again, and computes the K blocks of g^T x where that is quicker.
+    """
 
-    class LeanLinear(torch.autograd.Function):
-        """Autograd would keep W (m, n) for the backward, and compute all of the weight's gradient
-        g^T x. This builds W again, and computes the K blocks of g^T x, where that is quicker.
-        """
+    generate_vmap_rule = True  # for torch.func
 
-        generate_vmap_rule = True  # for torch.func
+    @staticmethod
+    def forward(x, W0, bias, scale, K, row_order, col_order, *factors):
+        W = _modulated(W0, scale, _pairs(K, row_order, col_order, factors)).to(x.dtype)
+        return F.linear(x, W, None if bias is None else bias.to(x.dtype))
 
-        @staticmethod
-        def forward(x, W0, bias, scale, K, row_order, col_order, *factors):
-            A, B = _stacked(_pairs(K, row_order, col_order, factors), *W0.shape)
-            W = _modulated(W0, scale, A, B).to(x.dtype)
-            return F.linear(x, W, None if bias is None else bias.to(x.dtype))
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W0, bias, ctx.scale, ctx.K, *rest = inputs
+        ctx.save_for_backward(x, W0, *rest)
 
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            x, W0, bias, ctx.scale, ctx.K, *rest = inputs
-            ctx.save_for_backward(x, W0, *rest)
-
-        @staticmethod
-        def backward(ctx, g):  # (..., m)
-            x, W0, row_order, col_order, *factors = ctx.saved_tensors
-            pairs = _pairs(ctx.K, row_order, col_order, factors)
-            A, B = _stacked(pairs, *W0.shape)
-            dx = db = None
-            with torch.autocast(g.device.type, enabled=False):
-                if ctx.needs_input_grad[0]:
-                    dx = g @ _modulated(W0, ctx.scale, A, B).to(g.dtype)  # (..., m) @ (m, n)
-                g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
-                if _multiplies_fast(x):
-                    dA, dB = _from_whole(g, x, W0, pairs, A, B)
-                else:
-                    dA, dB = _from_blocks(g, x, W0, pairs)
-                if ctx.needs_input_grad[2]:
-                    db = g.sum(0)
-            factor_gradients = [ctx.scale * d.to(A.dtype) for d in (*dA, *dB)]
-            return dx, None, db, None, None, None, None, *factor_gradients
-
-    return LeanLinear.apply
+    @staticmethod
+    def backward(ctx, g):  # (..., m)
+        x, W0, row_order, col_order, *factors = ctx.saved_tensors
+        pairs = _pairs(ctx.K, row_order, col_order, factors)
+        dx = db = None
+        with torch.autocast(g.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = g @ _modulated(W0, ctx.scale, pairs).to(g.dtype)  # (..., m) @ (m, n)
+            g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
+            dA, dB = _factor_gradients(g, x, W0, pairs)
+            if ctx.needs_input_grad[2]:
+                db = g.sum(0)
+        gradients = [ctx.scale * d.to(p.dtype) for d, p in zip((*dA, *dB), factors)]
+        return dx, None, db, None, None, None, None, *gradients
 
 
-_lean_linear = _make_lean_linear()
+_lean_linear = LeanLinear.apply
+del LeanLinear  # IPython's autoreload would never get done with it
 
 
 def _pairs(K, row_order, col_order, factors):
@@ -860,22 +830,35 @@ def _pairs(K, row_order, col_order, factors):
     return list(zip(factors[:half], factors[half:], *pieces))
 
 
-def _modulated(W0, scale, A, B):
+def _modulated(W0, scale, pairs):
     """W0 * (1 + s B A), (m, n), computed in the dtype of the factors and rounded to W0's once."""
-    if W0.stride(0) < W0.stride(1):  # Conv1D's: in its layout, W^T = W0^T * (1 + s A^T B^T)
-        return _modulated(W0.mT, scale, B.mT, A.mT).mT
-    # In half precision by a few rows at a time, so that what is wider stays in a CPU's cache.
-    size = 64 if W0.dtype != A.dtype and W0.is_cpu else len(W0)
-    W = []
+    A, B = _stacked(pairs, *W0.shape)
+    A = torch.cat([A, A.new_ones(1, A.shape[1])])
+    B = torch.cat([scale * B, B.new_ones(len(B), 1)], 1)  # so that B A is 1 + s B A
+    if W0.stride(0) < W0.stride(1):  # Conv1D's: in its layout
+        return _product(W0.mT, B.mT, A.mT).mT
+    return _product(W0, A, B)
+
+
+def _product(W0, A, B):
     with torch.autocast(A.device.type, enabled=False):
-        for W0_i, B_i in zip(W0.split(size), (scale * B).split(size)):
-            W0_i = W0_i.to(A.dtype)
-            W.append((B_i @ A).mul_(W0_i).add_(W0_i).to(W0.dtype))
-    return torch.cat(W) if len(W) > 1 else W[0]
+        if W0.dtype == A.dtype:
+            return (B @ A).mul_(W0)
+        # By a few rows at a time, so that what is wider than W0 stays in a CPU's cache.
+        W, size = A.new_empty(W0.shape, dtype=W0.dtype), 64 if W0.is_cpu else len(W0)
+        for W_i, W0_i, B_i in zip(W.split(size), W0.split(size), B.split(size)):
+            W_i.copy_((B_i @ A).mul_(W0_i))
+    return W
 
 
-def _from_blocks(g, x, W0, pairs):
+def _factor_gradients(g, x, W0, pairs):
     """The gradients of all A_k and all B_k, up to the scale, from g (T, m) and x (T, n)."""
+    if _multiplies_fast(x):  # then all of g^T x costs less than gathering the blocks of g and x
+        A, B = (factor.to(x.dtype) for factor in _stacked(pairs, *W0.shape))
+        G = (g.mT @ x).mul_(W0)  # (m, T) @ (T, n)
+        ranks = [len(A_k) for A_k, *_ in pairs]
+        stacked = zip(pairs, (B.mT @ G).split(ranks), (G @ A.mT).split(ranks, 1))
+        return zip(*((dA[:, cols_k], dB[rows_k]) for (*_, rows_k, cols_k), dA, dB in stacked))
     dA, dB = [], []
     for A_k, B_k, rows_k, cols_k in pairs:
         M_k = W0.index_select(0, rows_k).index_select(1, cols_k)
@@ -883,16 +866,6 @@ def _from_blocks(g, x, W0, pairs):
         G_k = M_k * G_k.to(A_k.dtype)
         dA.append(B_k.mT @ G_k)
         dB.append(G_k @ A_k.mT)
-    return dA, dB
-
-
-def _from_whole(g, x, W0, pairs, A, B):
-    """The same from all of g^T x, in its dtype: nothing of the size of x or W0 is gathered."""
-    G = (g.mT @ x).mul_(W0)  # (m, T) @ (T, n)
-    stacked_dA, stacked_dB = B.to(G.dtype).mT @ G, G @ A.to(G.dtype).mT  # (r, n), (m, r)
-    ranks = [len(A_k) for A_k, *_ in pairs]
-    dA = [d[:, pair[3]] for d, pair in zip(stacked_dA.split(ranks), pairs)]
-    dB = [d[pair[2]] for d, pair in zip(stacked_dB.split(ranks, 1), pairs)]
     return dA, dB
 
 

@@ -715,7 +715,7 @@ def test_a_step_multiplies_a_kth_of_the_weight():
     m, n, T, K, r = 520, 260, 200, 4, 8
     layer = make(m, n, r, K).float()
     x = torch.randn(T, n, requires_grad=True)
-    product, build = 2 * T * m * n, 2 * m * n * r  # x W^T, and B A, which no token pays for
+    product, build = 2 * T * m * n, 2 * m * n * (r + 1)  # x W^T; 1 + B A, once for all tokens
     forward, y = flops(layer, x)
     assert forward == product + build
     backward, _ = flops(y.backward, torch.ones_like(y))

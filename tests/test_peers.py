@@ -263,7 +263,7 @@ def offload(request, tmp_path_factory):
 @both_sizes
 def test_offloading_is_right_or_an_error(offload, size):
     model, x = offload(Net(size)), input_for(Net(size))
-    with refused("first: ", "as by offloading", model=model):
+    with refused("first: ", "offloading", model=model):
         smoa.inject(model, ["first"])
 
     model = offload(adapted(size))
