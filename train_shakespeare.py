@@ -2,8 +2,7 @@
 
     python train_shakespeare.py                                 # everything: minutes on a laptop
     python train_shakespeare.py --quick                         # a first look, into out/quick
-    python train_shakespeare.py --methods smoa lora hira melora full
-    python train_shakespeare.py --rank 1 --blocks 4 --lr smoa=0.2
+    python train_shakespeare.py --methods smoa lora hira melora full --rank 1 --lr smoa=0.2
     python train_shakespeare.py --data mine.txt --adapt-data other.txt
     torchrun --nproc_per_node=2 train_shakespeare.py            # the same batches, shared out
 
@@ -53,9 +52,8 @@ TEST_WINDOWS = 2000  # of the held-out text, evenly spread: of 64 characters, a 
 PROMPT = "My lord, I have "
 SAMPLE_LENGTH = 300  # characters
 
-# Under torchrun: which process this is, and of how many. The first one prints and writes.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))  # under torchrun; the first process prints and writes
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many processes share the batches
 
 
 def make_plan(argv=None):
@@ -199,20 +197,17 @@ def train(model, tokens, *, steps, batch_size, lr, weight_decay=0.0, seed=0, lab
         seed, label: of batches and dropout; of a progress bar on a terminal, None for no bar.
     Raises:
         FloatingPointError: a loss is not finite.
-        ValueError: the text is too short, or nothing requires a gradient.
+        ValueError: the text is too short.
     """
     device = next(model.parameters()).device
     params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("nothing to train: no parameter requires a gradient")
     matrices = dict(params=[p for p in params if p.ndim >= 2], weight_decay=weight_decay)
     vectors = dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)
     optimizer = torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.95), fused=True)
     net = DistributedDataParallel(model) if WORLD > 1 else model
     model.train()
     losses = []
-    hidden = True if label is None or RANK > 0 else None  # None: shown on a terminal only
-    bar = trange(steps, desc=label, unit="step", disable=hidden)
+    bar = trange(steps, desc=label, unit="step", disable=True if RANK or label is None else None)
     for step in bar:
         torch.manual_seed(seed * 1_000_003 + step * WORLD + RANK)  # for dropout
         for group in optimizer.param_groups:

@@ -83,11 +83,6 @@ def test_a_text_within_a_window_is_refused(length):
     assert len(train(tiny(), digits(9), **RECIPE)) == 10
 
 
-def test_nothing_to_train_is_refused():
-    with pytest.raises(ValueError, match="no parameter requires a gradient"):
-        train(tiny().requires_grad_(False), digits(400), **RECIPE)
-
-
 def test_batches_follow_seed_and_step():
     text = torch.arange(1000)
     idx, targets = batch(text, 8, 4, seed=1, step=2)
