@@ -277,10 +277,6 @@ class SMoALinear(nn.Module):
         )
         self.row_order, self.col_order = _checked_order(orders, m, n, self.row_order.device)
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         device = self.A[0].device
@@ -676,10 +672,7 @@ def _linear_names(model):
 
 def _check_base(base, modulate):
     """One rule: torch's own linear layer over a plain weight. Everything else is refused."""
-    _require(
-        not _is_adapted(base),
-        "this layer is adapted already: smoa.unload(model) first, or smoa.load another adapter",
-    )
+    _require(not _is_adapted(base), "it is adapted already: call smoa.unload(model) first")
     W0 = base._parameters.get("weight")
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     plain = _is_linear(base) and "forward" not in vars(base) and type(W0) is nn.Parameter
@@ -701,12 +694,9 @@ def _check_base(base, modulate):
 
 def _check_untied(model, base):
     """Of tied weights a merge would change one, and Hugging Face ties them again on loading."""
-    W0 = base.weight
-    owners = [
-        name
-        for name, module in model.named_modules()
-        if any(p is W0 for p in module._parameters.values())
-    ]
+    W0 = id(base.weight)
+    parts = model.named_modules()
+    owners = [name for name, part in parts if W0 in map(id, part._parameters.values())]
     _require(
         len(owners) == 1,
         f"{' and '.join(owners)} share one weight: leave this layer out, or untie them first",
@@ -731,16 +721,13 @@ def _checked_order(order, m, n, device):
     """[row_order, col_order], int64 on the device."""
     if isinstance(order, str) and order in ("spectral", "natural"):  # "spectral" of one block
         order = range(m), range(n)
+    sides = order if isinstance(order, (tuple, list)) else ()
+    checked = [torch.as_tensor(side).to(device).long() for side in sides]
     _require(
-        isinstance(order, (tuple, list)) and len(order) == 2,
-        f'order must be "spectral", "natural" or a pair (rows, columns), got {order!r}',
+        [sorted(side.tolist()) for side in checked] == [list(range(m)), list(range(n))],
+        f'order must be "spectral", "natural" or two permutations (rows 0 to {m - 1}, columns 0 to '
+        f"{n - 1}), got {str(order)[:60]!r}",
     )
-    checked = [torch.as_tensor(side).to(device).long() for side in order]
-    for side, size in zip(checked, (m, n)):
-        _require(
-            sorted(side.tolist()) == list(range(size)),
-            f"an order must be a permutation of 0 to {size - 1}, got {str(side.tolist())[:60]}",
-        )
     return checked
 
 

@@ -155,9 +155,9 @@ BAD_OPTIONS = [
     ({"dropout": -0.1}, "dropout=-0.1"),
     ({"dropout": 1.0}, "dropout=1.0"),
     ({"order": "random"}, "got 'random'"),
-    ({"order": (range(10),)}, "a pair"),
-    ({"order": ([0] * 10, range(8))}, "a permutation"),
-    ({"order": (range(10), range(7))}, "a permutation"),
+    ({"order": (range(10),)}, "two permutations"),
+    ({"order": ([0] * 10, range(8))}, "two permutations"),
+    ({"order": (range(10), range(7))}, "two permutations"),
 ]
 
 
