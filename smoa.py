@@ -12,8 +12,9 @@ The blocks: sort the rows and the columns of W0 by their position in its singula
 both orders into K pieces. Row piece k and column piece k form block k, with its own pair A_k, B_k:
 
     W0       = U diag(sigma) V^T                     sigma descending, q = min(m, n) directions
-    p_i      = sum_j j e_ij / sum_j e_ij             position of row i, e_ij = (sigma_j U_ij)^2,
-                                                     j from 0; of a column: the same with V
+    p_i      = sum_j j e_ij / sum_j e_ij             position of row i, by its energy in direction
+                                                     j = 0, 1, ...: e_ij = (sigma_j U_ij)^2;
+                                                     V in the place of U gives the columns'
     rows_k   = piece k of argsort(p) over the rows   cols_k likewise, as torch.tensor_split
     delta_W  = s (B_k A_k) * W0[rows_k, cols_k]      in block k; 0 elsewhere. W = W0 + delta_W
 
@@ -22,7 +23,7 @@ both orders into K pieces. Row piece k and column piece k form block k, with its
     r_k      rank of block k, sum r_k = r     A, B  the pairs, padded with zeros and stacked
 
 Trained: sum_k r_k (m_k + n_k) numbers; where K divides r, 1/K of what LoRA of rank r trains. The
-rank of delta_W is still at most sum_k min(m_k, n_k, r_k rank M_k), with M_k the block of W0, and
+rank of delta_W is still at most sum_k min(m_k, n_k, r_k rank M_k), M_k = W0[rows_k, cols_k], and
 generic factors reach that: a Hadamard product can multiply ranks. LoRA's rank stops at r.
 
 One class holds the family: `num_blocks=1, modulate=False` is LoRA (2106.09685), `num_blocks=1` is
@@ -30,11 +31,10 @@ HiRA (ICLR 2025), `modulate=False, order="natural"` is MELoRA (2402.17263), the 
 
     names = smoa.inject(model, ["q_proj", "v_proj"], rank=8)     # freezes all but the adapters
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    ...                                                          # steps are relative to W0, so
-                                                                 # rates are larger than LoRA's
+    ...                                                          # lr: several times LoRA's
     smoa.save(model, "adapter.pt")
     smoa.load(fresh_model, "adapter.pt")
-    smoa.merge(fresh_model)                                      # inference at the base's speed
+    smoa.merge(fresh_model.eval())                               # inference at the base's speed
 
 You can stop reading after any section: order, layer, verbs, file, counts, input checks, less time
 and memory.
@@ -79,13 +79,13 @@ def spectral_order(weight):
         return row_order, col_order
     W = weight.detach().to("cpu" if weight.is_mps else weight.device, torch.float64)
     W = W / W.abs().max().clamp(min=1e-300)  # so that no square overflows or vanishes
-    sigma2, V = torch.linalg.eigh(W.mT @ W)  # W^T W = V diag(sigma^2) V^T, ascending
+    sigma2, V = torch.linalg.eigh(W.mT @ W)  # (n, n) = V diag(sigma^2) V^T, ascending
     sigma2, V = sigma2.flip(0).clamp(min=0), V.flip(1)
-    index = torch.arange(len(sigma2)).to(sigma2)  # j = 0 ... q - 1
+    index = torch.arange(len(sigma2)).to(sigma2)  # j = 0 ... q - 1; here q = n
 
     def sorted_by(energy):  # (size, q) -> (size,)
         position = energy @ index / energy.sum(1).clamp(min=1e-300)
-        # Ties differ in their last digits.
+        # Rounded, since equal positions may come out unequal in their last digits.
         return position.round(decimals=6).argsort(stable=True).to(weight.device)
 
     row_energy = (W @ V).square()  # (m, q), since W V = U diag(sigma)
@@ -98,7 +98,7 @@ def spectral_order(weight):
 
 
 class Factors(nn.ParameterList):
-    """Stays in float32 at least: `.half()` would round away the small steps in which they learn."""
+    """Kept in float32 or wider: half precision would round away the small steps of training."""
 
     def _apply(self, fn, recurse=True):
         def widened(tensor):
@@ -125,7 +125,7 @@ class SMoALinear(nn.Module):
             over a float64 base). Blocks beyond r have none and stay as they are. A is drawn on the
             CPU, so that a seed means the same on every device.
         row_order (m,), col_order (n,): int64, in the state dict. They are not buffers, since what
-            averages a model's buffers would spoil them.
+            averages a model's buffers (an EMA) would spoil them.
         merged: whether `base.weight` holds W.
     Raises:
         TypeError, ValueError: the base cannot be adapted, or an option is out of range.
@@ -209,7 +209,7 @@ class SMoALinear(nn.Module):
     @property
     def weight(self):
         """W, in the orientation and the dtype of the base's weight, rounded to it once, as a merge
-        does. nn.MultiheadAttention and others read it past `forward`; dropout does not act there.
+        does. nn.MultiheadAttention and others read it without `forward`, hence without dropout.
         """
         if self.merged and self.enabled and self.training and torch.is_grad_enabled():
             raise RuntimeError(
@@ -234,7 +234,9 @@ class SMoALinear(nn.Module):
         W = self.weight
         if W is self.base.weight:
             return self.base(x)
-        return torch.func.functional_call(self.base, {"weight": W}, (x,))
+        if _has_hooks(self.base):  # so that the base itself runs
+            return torch.func.functional_call(self.base, {"weight": W}, (x,))
+        return F.linear(x, self._oriented(W), self.bias)
 
     def _oriented(self, W):
         """From the orientation of the base's weight to (m, n), or back."""
@@ -243,7 +245,7 @@ class SMoALinear(nn.Module):
     @torch.inference_mode(False)  # so that W can take part in later training
     @torch.no_grad()
     def merge(self):
-        """Put W in `base.weight`, as a new tensor; W0 is kept aside, and not written into."""
+        """Put W in `base.weight`, as a new tensor. W0 is kept aside; nothing is written into it."""
         if not self.merged:
             _check_mergeable([self])
             W = self._oriented(self.original_weight() + self.delta_weight())
@@ -264,9 +266,9 @@ class SMoALinear(nn.Module):
                 "a merged layer has no state dict, its factors would count twice: call "
                 "smoa.unmerge(model), or smoa.unload(model, merge=True) for a plain model"
             )
-        alpha = torch.tensor([self.alpha], dtype=torch.float64).view(torch.int64)  # its bits
-        orders = self.row_order.cpu(), self.col_order.cpu()
-        return torch.cat([alpha, torch.tensor([self.modulate]), *orders])
+        options = torch.tensor([self.alpha, self.modulate], dtype=torch.float64, device="cpu")
+        # As bits, since integers stay what they are where a state dict is cast to half precision.
+        return torch.cat([options.view(torch.int64), self.row_order.cpu(), self.col_order.cpu()])
 
     def set_extra_state(self, state):
         m, n = self.out_features, self.in_features
@@ -276,6 +278,10 @@ class SMoALinear(nn.Module):
             f"the state has another alpha or modulate than this layer ({self.extra_repr()})",
         )
         self.row_order, self.col_order = _checked_order(orders, m, n, self.row_order.device)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -404,13 +410,15 @@ def _adapted_layers(model):
     return layers
 
 
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # of torch.compile, of checkpointing
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # torch.compile's, checkpointing's
 
 
 def _named_modules(model):
-    """(dotted name, module); wrappers add no name, and what an adapted layer holds is left out."""
-    while isinstance(model, (DistributedDataParallel, AveragedModel)):
-        model = model.module
+    """(dotted name, module). Wrappers add no name; the inside of an adapted layer is left out."""
+    while hasattr(model, "_orig_mod") or isinstance(
+        model, (DistributedDataParallel, AveragedModel)
+    ):
+        model = getattr(model, "_orig_mod", None) or model.module
     inside = None
     for name, module in model.named_modules():
         if inside is None or not name.startswith(inside):
@@ -568,7 +576,7 @@ def load(model, path, *, check_base=True):
     """Give the model the adapter of a file, in place of any that it has.
 
     No spectrum is computed: the orders are in the file. Afterwards the factors train, as do other
-    parameters that the file holds; everything else is frozen.
+    parameters that the file holds; everything else is frozen. Make the optimizer afterwards.
 
     Args:
         check_base: refuse a base weight that differs from the adapter's own by more than 0.4 % in
@@ -583,8 +591,8 @@ def load(model, path, *, check_base=True):
     raw = pathlib.Path(path).read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as file:
-            flags = any(entry.external_attr for entry in file.infolist())  # in no checksum
-            damaged = file.testzip() or flags
+            damaged = file.testzip()  # by the checksums in it, which do not cover the flags
+            damaged = damaged or any(entry.external_attr for entry in file.infolist())
         state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # not a zip file, or one with other content, which is not executed
         damaged = error
@@ -609,10 +617,9 @@ def _sketch(W):
     sqrt(2) cos(i^2 sqrt(a)): as good as random for this, and the same on every machine.
     """
     W = W.detach().cpu().double()
-    a = torch.arange(1, 33).double().sqrt()
+    a, *squares = (torch.arange(1, size + 1, device="cpu").double() for size in (32, *W.shape))
     L, R = (
-        2**0.5 * torch.cos(torch.outer(torch.arange(1, size + 1).double().square(), a))
-        for size in W.shape
+        2**0.5 * torch.cos(torch.outer(i.square(), a.sqrt())) for i in squares
     )  # (m, 32), (n, 32)
     return torch.cat([(L.mT @ W @ R / 32).flatten(), W.norm()[None]]).float()
 
@@ -735,8 +742,8 @@ def _check_state(state):
     keys = {"options", "A", "B", "order", "base_sketch"}
     try:
         known = state["layers"] and all(own.keys() == keys for own in state["layers"].values())
-        known = known and state["trained"].keys() is not None
-    except (TypeError, KeyError, AttributeError):
+        known = known and isinstance(state["trained"], dict)
+    except (TypeError, KeyError, AttributeError, RuntimeError):
         known = False
     _require(known, "this is not the state of a SMoA adapter, as smoa.state_dict gives it")
 
@@ -770,7 +777,9 @@ def modulated_linear(layer, x):  # (..., n) -> (..., m)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     blocks = layer.num_blocks, layer.row_order, layer.col_order
-    return _lean_linear(x, W0, layer.bias, layer.scale, *blocks, *layer.A, *layer.B)
+    settings = W0, layer.bias, layer.scale, *blocks, *layer.A, *layer.B
+    y = _lean_linear(x.reshape(-1, x.shape[-1]), *settings)  # (T, n) -> (T, m)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class LeanLinear(torch.autograd.Function):
@@ -791,14 +800,13 @@ class LeanLinear(torch.autograd.Function):
         ctx.save_for_backward(x, W0, *rest)
 
     @staticmethod
-    def backward(ctx, g):  # (..., m)
+    def backward(ctx, g):  # (T, m)
         x, W0, row_order, col_order, *factors = ctx.saved_tensors
         pairs = _pairs(ctx.K, row_order, col_order, factors)
         dx = db = None
         with torch.autocast(g.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = g @ _modulated(W0, ctx.scale, pairs).to(g.dtype)  # (..., m) @ (m, n)
-            g, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])  # (T, m), (T, n)
+                dx = g @ _modulated(W0, ctx.scale, pairs).to(g.dtype)  # (T, m) @ (m, n)
             dA, dB = _factor_gradients(g, x, W0, pairs)
             if ctx.needs_input_grad[2]:
                 db = g.sum(0)
@@ -807,7 +815,7 @@ class LeanLinear(torch.autograd.Function):
 
 
 _lean_linear = LeanLinear.apply
-del LeanLinear  # IPython's autoreload would never get done with it
+del LeanLinear  # a class like this at module level sends IPython's autoreload into a loop
 
 
 def _pairs(K, row_order, col_order, factors):
@@ -832,10 +840,9 @@ def _product(W0, A, B):
         if W0.dtype == A.dtype:
             return (B @ A).mul_(W0)
         # By a few rows at a time, so that what is wider than W0 stays in a CPU's cache.
-        W, size = A.new_empty(W0.shape, dtype=W0.dtype), 64 if W0.is_cpu else len(W0)
-        for W_i, W0_i, B_i in zip(W.split(size), W0.split(size), B.split(size)):
-            W_i.copy_((B_i @ A).mul_(W0_i))
-    return W
+        size = 64 if W0.is_cpu else len(W0)
+        pieces = zip(W0.split(size), B.split(size))
+        return torch.cat([(B_i @ A).mul_(W0_i).to(W0.dtype) for W0_i, B_i in pieces])
 
 
 def _factor_gradients(g, x, W0, pairs):
