@@ -41,10 +41,8 @@ and memory.
 """
 
 import contextlib
-import io
 import numbers
 import os
-import pathlib
 import re
 import zipfile
 
@@ -560,16 +558,12 @@ def load_state_dict(model, state, *, check_base=True):
 
 
 def save(model, path):
-    """Write `state_dict(model)` to a file, whole, or leave the file as it was (OSError)."""
-    state = state_dict(model)
-    path = pathlib.Path(os.path.realpath(path))  # through a symbolic link
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write `state_dict(model)` to a file, whole, or leave the file as it was."""
+    state, path = state_dict(model), os.path.realpath(path)  # through a symbolic link
+    part = f"{path}.{os.getpid()}.tmp"
+    with open(part, "wb") as file:
+        torch.save(state, file)
+    os.replace(part, path)
 
 
 def load(model, path, *, check_base=True):
@@ -588,12 +582,13 @@ def load(model, path, *, check_base=True):
         TypeError, ValueError: it is damaged, or not an adapter, or does not fit the model, which
             is then as before.
     """
-    raw = pathlib.Path(path).read_bytes()
     try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # by the checksums in it, which do not cover the flags
             damaged = damaged or any(entry.external_attr for entry in file.infolist())
-        state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # not a zip file, or one with other content, which is not executed
         damaged = error
     _require(not damaged, f"{path} is not a SMoA adapter, or is damaged: {damaged}")

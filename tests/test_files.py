@@ -311,7 +311,6 @@ def test_a_save_that_fails_keeps_the_old_file(file, size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == old
-    assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_save_goes_through_a_link(file, tmp_path):
