@@ -23,8 +23,8 @@ from stats import holm, p_value
 # - LoRA+ (2402.12354, a higher rate for B than for A) is level with SMoA: LoRA's baseline was weak.
 DOSES = (1, 2, 8, 64, "full")
 
-MIDDLES = {f"smoa r=8 K=2 natural p={p}": 2 if p == 1 else 4 for p in DOSES}
-MIDDLES |= {"melora r=8 K=2": 1, "smoa r=8 K=2 natural": 3, "smoa r=8 K=2": 3, "smoa r=2 K=2": 5}
+MIDDLES = {f"smoa r=8 K=2 natural p={p}": 2 if p == 1 else 3 for p in DOSES}
+MIDDLES |= {"melora r=8 K=2": 0, "smoa r=8 K=2 natural": 3, "smoa r=8 K=2": 3, "smoa r=2 K=2": 5}
 for r, middle in ((4, -1), (1, 1)):
     MIDDLES[f"lora r={r}"] = middle
     MIDDLES |= {f"lora+ r={r} ratio {ratio}": middle - ratio // 4 for ratio in (4, 16)}

@@ -155,8 +155,8 @@ ARMS = {
     "smoa r=8 K=2 noise": (3, 5),
 }
 
-for r in (2, 8):
-    ARMS |= {f"melora r={r} K=2": (1, 3), f"melora r={r} K=2 japanese": (1, 3)}
+for r, middle in ((2, 1), (8, 0)):
+    ARMS |= {f"melora r={r} K=2{end}": (middle, 3) for end in ("", " japanese")}
 ARMS["hira r=4 japanese"] = (3, 3)
 
 
