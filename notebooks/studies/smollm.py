@@ -67,7 +67,8 @@ def load_base():
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     with contextlib.redirect_stderr(io.StringIO()):  # two progress bars
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    return model.eval().requires_grad_(False), tokenizer
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().requires_grad_(False).to(device), tokenizer
 
 
 def linear_names(model):
@@ -437,7 +438,6 @@ class SmolLM(Study):
         self.origin = dict(torch=torch.__version__, transformers=transformers.__version__)
         self.origin |= dict(device=device, base=digest(tensors))
         self.check_base(self.origin["base"])
-        self.base.to("cpu" if device == "cpu" else "cuda")
         self.texts, self.orders, self.keep = {}, {}, args.keep
         self.together = args.together
 
