@@ -60,7 +60,7 @@ def shares():
         (language, "melora r=4 K=4", "lora r=1"),
         (language, "smoa r=2 K=2", "lora r=1"),
         (language, "hira r=4", "lora r=4"),
-        (language, "melora r=16 K=4", "lora r=4"),
+        (language, "melora r=8 K=2", "lora r=4"),
         (language, "smoa r=8 K=2", "lora r=4"),
         (language, "hira r=1 japanese", "lora r=1 japanese"),
         (language, "smoa r=2 K=2 japanese", "lora r=1 japanese"),
@@ -96,6 +96,16 @@ def test_the_luckier_rate_is_in_the_readme():
     lucky = [study.loss(line) for line in study.runs("lora r=4", lucky=True).values()]
     gain = statistics.fmean(study.base_losses("folio")) - statistics.fmean(lucky)
     assert f"{100 * (1 - difference / gain):.1f} ± {100 * half / gain:.1f} %" in WORDS
+
+
+def test_the_rank_is_that_of_the_record():
+    import rank
+
+    rows = rank.Rank().dose_response("folio")
+    losses = [f"{rows[p]['loss']:.3f}" for p in rank.DOSES]
+    assert f"{', '.join(losses[:-1])} and {losses[-1]}, and {rows[0]['loss']:.3f}" in WORDS
+    lead, half, _ = rank.Rank().compare("smoa r=8 K=2", "lora+ r=4 ratio 16")
+    assert f"{-lead:.4f} ± {half:.4f} are left" in WORDS
 
 
 def test_the_times_are_those_of_the_record():
