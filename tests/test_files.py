@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import resource
 from pathlib import Path
 
@@ -288,6 +289,19 @@ def test_a_flipped_bit_never_changes_an_adapter(file, share, bit):
         assert snapshot(model) == before
     else:
         assert snapshot(model)["tensors"] == snapshot(source)["tensors"]
+
+
+def test_a_flipped_flag_of_the_directory_is_refused(file):
+    smoa.save(adapted(), file)
+    whole, model = file.read_bytes(), Net()
+    entries = [found.start() for found in re.finditer(b"PK\x01\x02", whole)]
+    for entry in entries:
+        content = bytearray(whole)
+        content[entry + 38] ^= 0x10  # "this is a folder": no checksum covers it
+        file.write_bytes(content)
+        with refused("damaged", model=model):
+            smoa.load(model, file)
+    assert len(entries) > 8
 
 
 def test_what_is_not_there_is_an_oserror(tmp_path):
