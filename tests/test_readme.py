@@ -57,7 +57,6 @@ def shares():
         (tiny, "melora r=8 K=2", "lora r=4"),
         (tiny, "smoa r=8 K=2", "lora r=4"),
         (language, "hira r=1", "lora r=1"),
-        (language, "melora r=4 K=4", "lora r=1"),
         (language, "smoa r=2 K=2", "lora r=1"),
         (language, "hira r=4", "lora r=4"),
         (language, "melora r=8 K=2", "lora r=4"),
