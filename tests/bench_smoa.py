@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from nets import kept_bytes  # noqa: E402
+
 import smoa  # noqa: E402
 from gpt_mini import GPT, GPTConfig  # noqa: E402
 
@@ -130,22 +132,6 @@ def training_step(model, loss_of):
             optimizer.zero_grad()
 
     return step
-
-
-def kept_bytes(model, x):
-    """Bytes of what autograd keeps for the backward: each storage once, no parameters."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    for p in model.parameters():
-        kept.pop(p.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -105,3 +105,20 @@ def refused(*words, model, error=(TypeError, ValueError)):
         yield
     assert all(word in str(caught.value) for word in words), (words, str(caught.value))
     assert snapshot(model) == before
+
+
+def kept_bytes(module, x):
+    """What autograd keeps for the backward: each storage once, without the parameters'."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    assert y.requires_grad  # and is alive, so that no memory was used twice
+    for p in module.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    return sum(kept.values())

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from nets import kept_bytes
 from strategies import (
     FLOATS,
     HALVES,
@@ -675,23 +676,6 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         return self.base(x) + F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-
-
-def kept_bytes(module, x):
-    """What autograd keeps for the backward: each storage once, without the parameters'."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x)
-    assert y.requires_grad  # and is alive, so that no memory was used twice
-    for p in module.parameters():
-        kept.pop(p.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("m, n", [(768, 3072), (3072, 768)])
