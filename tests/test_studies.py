@@ -287,47 +287,24 @@ def test_an_adapted_model_starts_as_the_base(tiny):
         assert any(controls) == ("p=" in arm or "noise" in arm or "permuted" in arm)
 
 
-def train_once(arm, rung, seed, base, texts):
-    return smollm.train_runs([(arm, rung, seed)], base, {"folio": texts, "japanese": texts})[0]
-
-
 @pytest.mark.parametrize("arm", ["lora+ r=1 ratio 4", "smoa r=8 K=2 natural p=2", "full"])
 def test_a_run_learns_and_can_be_repeated(tiny, arm):
     base, texts = tiny
     before = smollm.measure(base, texts)["folio"]
-    line, model = train_once(arm, 4, 0, base, texts)
+    line, model = smollm.train_once(arm, 4, 0, base, texts)
     assert smollm.measure(base, texts)["folio"] == before  # the base is left alone
     assert sum(line["folio"]) < sum(before) and len(line["folio"]) == len(before)
-    again, _ = train_once(arm, 4, 0, base, texts)
+    again, _ = smollm.train_once(arm, 4, 0, base, texts)
     assert {**line, "seconds": 0} == {**again, "seconds": 0}
     for _, layer in smoa.adapters(model):
         layer.unmerge()  # on record is the loss of what was trained
     assert smollm.measure(model, texts)["folio"] == pytest.approx(line["folio"], abs=2e-4)
 
 
-SIDE_BY_SIDE = [
-    [("smoa r=8 K=2 natural p=2", 3, 0), ("smoa r=8 K=2 natural p=full", 2, 1)],
-    [("lora r=4", -2, 0), ("lora+ r=4 ratio 4", -4, 1), ("lora r=4 japanese", -3, 0)],
-    [("melora r=8 K=2", 1, 0), ("melora r=8 K=2", 0, 0)],
-    [("smoa r=2 K=2", 4, 0), ("smoa r=2 K=2 japanese", 5, 2)],
-]
-
-
-@pytest.mark.parametrize("runs", SIDE_BY_SIDE)
-def test_runs_side_by_side_are_those_alone(tiny, runs):
-    base, texts = tiny
-    texts = {"folio": texts, "japanese": texts}
-    assert len({smollm.alike(arm) for arm, *_ in runs}) == 1
-    for run, (line, _) in zip(runs, smollm.train_runs(runs, base, texts)):
-        alone, _ = smollm.train_runs([run], base, texts)[0]
-        assert line["train"] == pytest.approx(alone["train"], abs=2e-4)
-        assert line["folio"] == pytest.approx(alone["folio"], abs=2e-3)
-
-
 def test_lora_plus_moves_B_further(tiny):
     sizes = []
     for arm in ("lora r=1", "lora+ r=1 ratio 16"):
-        _, model = train_once(arm, -8, 0, *tiny)
+        _, model = smollm.train_once(arm, -8, 0, *tiny)
         sizes.append(sum(layer.B[0].norm() for _, layer in smoa.adapters(model)))
     assert sizes[1] > 4 * sizes[0]
 

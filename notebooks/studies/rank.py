@@ -2,7 +2,6 @@
 
     python notebooks/studies/rank.py --summary       # the dose-response, verdicts, what is missing
     python notebooks/studies/rank.py                 # run what the record lacks (hours on a CPU)
-    python notebooks/studies/rank.py --together 16 --record mine.jsonl    # on a card, in minutes
 
 Model, texts, steps and rates are those of smollm.py, and so is the record. The dose is the rank p
 of a random matrix in the place of W0: SMoA of r = 8, K = 2 in natural order then has an update of

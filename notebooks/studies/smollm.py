@@ -21,7 +21,6 @@ style as well.
 
 import contextlib
 import copy
-import functools
 import gzip
 import importlib.util
 import io
@@ -32,7 +31,6 @@ import sys
 import time
 from pathlib import Path
 
-import side_by_side
 import torch
 import torch.nn.functional as F
 from anchors import give_other_anchor
@@ -216,11 +214,10 @@ def evaluate(model, batch):
     return torch.cat([token_losses(model, part).mean(1) for part in batch.split(size)])
 
 
-def train(model, batch, *, lr, steps=STEPS, ratio=1):
+def train(model, tokens, *, lr, seed, steps=STEPS, ratio=1):
     """Train what requires a gradient; the loss of each step. Stops at a loss that is not finite.
 
-    `batch` is a function from the step to its windows, (B, T + 1). B learns at `ratio` times the
-    rate of everything else (LoRA+).
+    B learns at `ratio` times the rate of everything else (LoRA+).
     """
     params = [p for p in model.parameters() if p.requires_grad]
     B = {B_k for _, layer in smoa.adapters(model) for B_k in layer.B}
@@ -233,7 +230,7 @@ def train(model, batch, *, lr, steps=STEPS, ratio=1):
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["ratio"] * learning_rate(step, steps, lr)
-        loss = token_losses(model, batch(step)).mean()
+        loss = token_losses(model, batch(tokens, seed, step)).mean()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
@@ -277,60 +274,29 @@ def describe_updates(model, every=8):
     return {name: round(statistics.fmean(values), 5) for name, values in found.items()}
 
 
-def steps_of(arm):
-    return STEPS * (4 if arm.endswith("long") else 1)
-
-
-def ratio_of(arm):
-    """B's rate over A's: LoRA+."""
-    return int(arm.split("ratio ")[1].split()[0]) if "ratio" in arm else 1
-
-
-def alike(arm):
-    """What the arms have in common that may train side by side: the shapes of their factors."""
-    arm = arm.removesuffix(" japanese").replace("lora+", "lora")
-    return re.sub(r" ratio \d+", "", re.sub(r"p=\w+", "p", arm))
-
-
-def train_runs(runs, base, texts, orders=None):
-    """[(line of the record but for its origin, trained model)] of some runs that are alike.
-
-    Args:
-        runs: (arm, rung, seed) of each. Several of them train side by side, as one batch.
-        texts: {kind: what `load_texts` gives}.
-    """
-    models = []
-    for arm, _, seed in runs:
-        # All share the frozen weights: a merge replaces them, and writes into none.
-        shared = {} if arm == "full" else {id(p): p for p in base.parameters()}
-        models.append(copy.deepcopy(base, shared))
-        torch.manual_seed(seed)
-        adapt(models[-1], arm, orders)
-    steps, found = steps_of(runs[0][0]), []
-    settings = [dict(lr=rate(rung), ratio=ratio_of(arm)) for arm, rung, _ in runs]
-    for (arm, _, seed), setting in zip(runs, settings):
-        setting["batch"] = functools.partial(batch, texts[learned(arm)]["train"], seed)
+def train_once(arm, rung, seed, base, texts, orders=None):
+    """(line of the record but for its origin, trained model) of one run."""
+    # The frozen weights are shared: a merge replaces them, and writes into none.
+    model = copy.deepcopy(base, {} if arm == "full" else {id(p): p for p in base.parameters()})
+    torch.manual_seed(seed)
+    adapt(model, arm, orders)
+    steps = STEPS * (4 if arm.endswith("long") else 1)
+    ratio = int(arm.split("ratio ")[1].split()[0]) if "ratio" in arm else 1
     begin = time.time()
-    if len(runs) == 1:
-        losses = [train(models[0], steps=steps, **settings[0])]
-    else:
-        losses = side_by_side.train(models, settings, steps, token_losses)
-    seconds = round((time.time() - begin) / len(runs), 1)
-    for (arm, rung, seed), model, run_losses in zip(runs, models, losses):
-        line = dict(arm=arm, rung=rung, lr=rate(rung), seed=seed, steps=steps)
-        line |= dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
-        line |= dict(train=[round(loss, 4) for loss in run_losses])
-        own = texts[learned(arm)]
-        line |= dict.fromkeys(judged(own), [])
-        begin = time.time()
-        if math.isfinite(run_losses[-1]):
-            if any(smoa.adapters(model)):
-                line |= dict(update=describe_updates(model))
-                smoa.merge(model)  # judged at the base's own speed
-            # only seed 0 chooses a rate
-            line |= measure(model, {k: v for k, v in own.items() if seed == 0 or k != "validation"})
-        found.append((line | dict(seconds=[seconds, round(time.time() - begin, 1)]), model))
-    return found
+    losses = train(model, texts["train"], lr=rate(rung), seed=seed, steps=steps, ratio=ratio)
+    seconds = [round(time.time() - begin, 1)]
+    line = dict(arm=arm, rung=rung, lr=rate(rung), seed=seed, steps=steps)
+    line |= dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    line |= dict(train=[round(loss, 4) for loss in losses])
+    line |= dict.fromkeys(judged(texts), [])
+    begin = time.time()
+    if math.isfinite(losses[-1]):
+        if any(smoa.adapters(model)):
+            line |= dict(update=describe_updates(model))
+            smoa.merge(model)  # judged at the base's own speed
+        # only seed 0 chooses a rate
+        line |= measure(model, {k: v for k, v in texts.items() if seed == 0 or k != "validation"})
+    return line | dict(seconds=[*seconds, round(time.time() - begin, 1)]), model
 
 
 def kept_name(arm, rung, seed):
@@ -426,8 +392,6 @@ class SmolLM(Study):
     @staticmethod
     def add_arguments(parser):
         parser.add_argument("--keep", type=Path, help="a folder for the trained factors")
-        together = "train up to N runs that are alike side by side, as one batch (for a card)"
-        parser.add_argument("--together", type=int, default=1, metavar="N", help=together)
 
     def prepare(self, args):
         import transformers
@@ -439,48 +403,21 @@ class SmolLM(Study):
         self.origin |= dict(device=device, base=digest(tensors))
         self.check_base(self.origin["base"])
         self.texts, self.orders, self.keep = {}, {}, args.keep
-        self.together = args.together
-
-    def next_runs(self, arms):
-        """As many runs that are alike as may train side by side; where most are wanted, first."""
-        todo = [(arm, *pair) for arm in arms for pair in self.wanted(arm)]
-        groups = {}
-        for run in sorted(todo, key=lambda run: run[2]):
-            groups.setdefault(alike(run[0]), []).append(run)
-        return max(groups.values(), key=len, default=[])[: self.together]
-
-    def run_missing(self, arms):
-        if self.together == 1:
-            return super().run_missing(arms)
-        while runs := self.next_runs(arms):
-            print(time.strftime("%H:%M:%S"), *runs, sep="\n    ", flush=True)
-            for line in self.run_alike(runs):
-                self.append(line)
-            self.lines = self.read()
 
     def run(self, arm, rung, seed):
-        return self.run_alike([(arm, rung, seed)])[0]
-
-    def run_alike(self, runs):
-        """The lines of the record of runs that are alike."""
-        for text in {learned(arm) for arm, *_ in runs}:
-            if text not in self.texts:
-                self.texts[text] = load_texts(self.tokenizer, text)
-            if not self.base_losses(text):
-                losses = measure(self.base, self.texts[text])
-                self.append(dict(arm="base", **losses, **self.origin))
-                self.lines = self.read()
-        lines = []
-        for line, model in train_runs(runs, self.base, self.texts, self.orders):
-            print(f"    loss {self.loss(line):.4f}, {line['seconds']} s", flush=True)
-            if self.keep:
-                for _, layer in smoa.adapters(model):
-                    layer.unmerge()
-                trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-                name = kept_name(line["arm"], line["rung"], line["seed"])
-                torch.save(trained, self.keep / name)
-            lines.append(line | self.origin)
-        return lines
+        text = learned(arm)
+        if text not in self.texts:
+            self.texts[text] = load_texts(self.tokenizer, text)
+        if not self.base_losses(text):
+            self.append(dict(arm="base", **measure(self.base, self.texts[text]), **self.origin))
+        line, model = train_once(arm, rung, seed, self.base, self.texts[text], self.orders)
+        print(f"    loss {self.loss(line):.4f}, {line['seconds']} s", flush=True)
+        if self.keep:
+            for _, layer in smoa.adapters(model):
+                layer.unmerge()
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            torch.save(trained, self.keep / kept_name(arm, rung, seed))
+        return line | self.origin
 
     def summary(self):
         for text in ("folio", "japanese"):
