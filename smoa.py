@@ -95,17 +95,6 @@ def spectral_order(weight):
 # The layer
 
 
-class Factors(nn.ParameterList):
-    """Kept in float32 or wider: half precision would round away the small steps of training."""
-
-    def _apply(self, fn, recurse=True):
-        def widened(tensor):
-            new = fn(tensor)
-            return new if new.dtype.itemsize >= 4 else tensor.to(new.device)
-
-        return super()._apply(widened, recurse)
-
-
 class SMoALinear(nn.Module):
     """A linear layer over a frozen weight W0: y = x W^T + bias with W = W0 * (1 + s B A).
 
@@ -154,7 +143,7 @@ class SMoALinear(nn.Module):
         self.row_order, self.col_order = _checked_order(order, m, n, W0.device)
 
         wide = torch.promote_types(W0.dtype, torch.float32)
-        self.A, self.B = Factors(), Factors()
+        self.A, self.B = nn.ParameterList(), nn.ParameterList()
         for r_k, rows_k, cols_k in zip(split(self.rank, self.num_blocks), self.rows, self.cols):
             if r_k > 0:
                 A_k = torch.empty(r_k, len(cols_k), dtype=wide, device="cpu")
@@ -194,8 +183,7 @@ class SMoALinear(nn.Module):
 
     def factors(self):
         """A (r, n) and B (m, r): the pairs, padded with zeros and stacked."""
-        pairs = list(zip(self.A, self.B, self.rows, self.cols))
-        return _stacked(pairs, self.out_features, self.in_features)
+        return _stacked(self, (*self.A, *self.B))
 
     def delta_weight(self):
         """delta_W (m, n), in the dtype of the factors. Differentiable in A and B."""
@@ -282,7 +270,16 @@ class SMoALinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+        """What `.to`, `.half` and the like do. Half precision would round away small steps."""
+
+        def widened(tensor):
+            new = fn(tensor)
+            return new if new.dtype.itemsize >= 4 else tensor.to(new.device)
+
+        self.A._apply(widened)
+        self.B._apply(widened)
+        self.base._apply(fn)
+        super()._apply(fn, recurse=False)  # kept_W0
         device = self.A[0].device
         if device.type != "meta":
             self.row_order, self.col_order = self.row_order.to(device), self.col_order.to(device)
@@ -305,7 +302,14 @@ def _has_hooks(base):
     return bool(forward or base._backward_pre_hooks or base._backward_hooks)
 
 
-def _stacked(pairs, m, n):
+def _pairs(layer, factors):
+    """[(A_k, B_k, rows_k, cols_k)] of the blocks that have a pair."""
+    half = len(factors) // 2
+    return list(zip(factors[:half], factors[half:], layer.rows, layer.cols))
+
+
+def _stacked(layer, factors):
+    m, n, pairs = layer.out_features, layer.in_features, _pairs(layer, factors)
     A = [A_k.new_zeros(len(A_k), n).index_copy(1, cols_k, A_k) for A_k, _, _, cols_k in pairs]
     B = [B_k.new_zeros(m, B_k.shape[1]).index_copy(0, rows_k, B_k) for _, B_k, rows_k, _ in pairs]
     return torch.cat(A), torch.cat(B, 1)  # (r, n), (m, r)
@@ -417,24 +421,17 @@ def _named_modules(model):
         model, (DistributedDataParallel, AveragedModel)
     ):
         model = getattr(model, "_orig_mod", None) or model.module
-    inside = None
-    for name, module in model.named_modules():
-        if inside is None or not name.startswith(inside):
-            yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
-        if _is_adapted(module):
-            inside = f"{name}." if name else ""
+    inside = {part for layer in model.modules() if _is_adapted(layer) for part in layer.children()}
+    for name, module in model.named_modules(inside):  # which walks past those
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
 
 
 def _find(model, targets):
     """{name: module} of what the targets name, in the model's order."""
-    modules = dict(_named_modules(model))
-    if isinstance(targets, str):
-        patterns = {targets: targets}
-    else:
-        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
-    _require(patterns, "no targets given: name at least one layer")
-    found = set()
-    for target, pattern in patterns.items():
+    modules, found = dict(_named_modules(model)), set()
+    regex = isinstance(targets, str)
+    for target in [targets] if regex else targets:
+        pattern = target if regex else rf"(.*\.)?{re.escape(target)}"
         matches = {name for name in modules if name and re.fullmatch(pattern, name)}
         _require(
             matches,
@@ -443,6 +440,7 @@ def _find(model, targets):
             "a regular expression for the whole name",
         )
         found |= matches
+    _require(found, "no targets given: name at least one layer")
     return {name: module for name, module in modules.items() if name in found}
 
 
@@ -464,19 +462,16 @@ def _build(model, bases, make_layer):
 
 def _replace(model, new):
     """Put new[module] wherever a module hangs in the model: a shared one has several places."""
-    places = []
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if child in new:
-                places.append((parent, key))
+    parents = list(model.modules())
+    for parent in parents:
         compiled = getattr(parent, "_orig_mod", None) in new
         _require(
             not compiled and not isinstance(parent, DistributedDataParallel),
             f"{type(parent).__name__} would not see the change: do this to the plain model (or "
             "layer) first, then wrap it",
         )
-    for parent, key in places:
-        parent._modules[key] = new[parent._modules[key]]
+    for parent in parents:
+        parent._modules.update({k: new[m] for k, m in parent._modules.items() if m in new})
 
 
 def _freeze_all_but_factors(model):
@@ -771,9 +766,8 @@ def modulated_linear(layer, x):  # (..., n) -> (..., m)
         return F.linear(x, layer._oriented(layer.weight), layer.bias)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
-    blocks = layer.num_blocks, layer.row_order, layer.col_order
-    settings = W0, layer.bias, layer.scale, *blocks, *layer.A, *layer.B
-    y = _lean_linear(x.reshape(-1, x.shape[-1]), *settings)  # (T, n) -> (T, m)
+    tokens = x.reshape(-1, x.shape[-1])  # (T, n)
+    y = _lean_linear(layer, tokens, W0, layer.bias, *layer.A, *layer.B)  # (T, m)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -785,52 +779,40 @@ class LeanLinear(torch.autograd.Function):
     generate_vmap_rule = True  # for torch.func
 
     @staticmethod
-    def forward(x, W0, bias, scale, K, row_order, col_order, *factors):
-        W = _modulated(W0, scale, _pairs(K, row_order, col_order, factors)).to(x.dtype)
+    def forward(layer, x, W0, bias, *factors):
+        W = _modulated(W0, layer.scale, *_stacked(layer, factors)).to(x.dtype)
         return F.linear(x, W, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, W0, bias, ctx.scale, ctx.K, *rest = inputs
-        ctx.save_for_backward(x, W0, *rest)
+        ctx.layer, x, W0, bias, *factors = inputs
+        ctx.save_for_backward(x, W0, *factors)
 
     @staticmethod
     def backward(ctx, g):  # (T, m)
-        x, W0, row_order, col_order, *factors = ctx.saved_tensors
-        pairs = _pairs(ctx.K, row_order, col_order, factors)
+        layer, (x, W0, *factors) = ctx.layer, ctx.saved_tensors
         dx = db = None
         with torch.autocast(g.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                dx = g @ _modulated(W0, ctx.scale, pairs).to(g.dtype)  # (T, m) @ (m, n)
-            dA, dB = _factor_gradients(g, x, W0, pairs)
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[1]:
+                W = _modulated(W0, layer.scale, *_stacked(layer, factors)).to(g.dtype)
+                dx = g @ W  # (T, m) @ (m, n)
+            if ctx.needs_input_grad[3]:
                 db = g.sum(0)
-        gradients = [ctx.scale * d.to(p.dtype) for d, p in zip((*dA, *dB), factors)]
-        return dx, None, db, None, None, None, None, *gradients
+            dA, dB = _factor_gradients(layer, g, x, W0, factors)
+        gradients = [layer.scale * d.to(p.dtype) for d, p in zip((*dA, *dB), factors)]
+        return None, dx, None, db, *gradients
 
 
 _lean_linear = LeanLinear.apply
 del LeanLinear  # a class like this at module level sends IPython's autoreload into a loop
 
 
-def _pairs(K, row_order, col_order, factors):
-    """[(A_k, B_k, rows_k, cols_k)] of the blocks that have a pair."""
-    half = len(factors) // 2
-    pieces = row_order.tensor_split(K), col_order.tensor_split(K)
-    return list(zip(factors[:half], factors[half:], *pieces))
-
-
-def _modulated(W0, scale, pairs):
+def _modulated(W0, scale, A, B):
     """W0 * (1 + s B A), (m, n), computed in the dtype of the factors and rounded to W0's once."""
-    A, B = _stacked(pairs, *W0.shape)
+    if W0.stride(0) < W0.stride(1):  # Conv1D's: in its layout
+        return _modulated(W0.mT, scale, B.mT, A.mT).mT
     A = torch.cat([A, A.new_ones(1, A.shape[1])])
     B = torch.cat([scale * B, B.new_ones(len(B), 1)], 1)  # so that B A is 1 + s B A
-    if W0.stride(0) < W0.stride(1):  # Conv1D's: in its layout
-        return _product(W0.mT, B.mT, A.mT).mT
-    return _product(W0, A, B)
-
-
-def _product(W0, A, B):
     with torch.autocast(A.device.type, enabled=False):
         if W0.dtype == A.dtype:
             return (B @ A).mul_(W0)
@@ -840,10 +822,11 @@ def _product(W0, A, B):
         return torch.cat([(B_i @ A).mul_(W0_i).to(W0.dtype) for W0_i, B_i in pieces])
 
 
-def _factor_gradients(g, x, W0, pairs):
+def _factor_gradients(layer, g, x, W0, factors):
     """The gradients of all A_k and all B_k, up to the scale, from g (T, m) and x (T, n)."""
+    pairs = _pairs(layer, factors)
     if _multiplies_fast(x):  # then all of g^T x costs less than gathering the blocks of g and x
-        A, B = (factor.to(x.dtype) for factor in _stacked(pairs, *W0.shape))
+        A, B = (factor.to(x.dtype) for factor in _stacked(layer, factors))
         G = (g.mT @ x).mul_(W0)  # (m, T) @ (T, n)
         ranks = [len(A_k) for A_k, *_ in pairs]
         stacked = zip(pairs, (B.mT @ G).split(ranks), (G @ A.mT).split(ranks, 1))

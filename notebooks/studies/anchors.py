@@ -12,7 +12,7 @@ class OtherAnchor(smoa.SMoALinear):
 
     def delta_weight(self):
         A, B = self.factors()
-        return self.scale * (B @ A) * self.other
+        return (self.scale * B) @ A * self.other
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
