@@ -22,11 +22,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nets import kept_bytes  # noqa: E402
+from nets import LoRA, kept_bytes  # noqa: E402
 
 import smoa  # noqa: E402
 from gpt_mini import GPT, GPTConfig  # noqa: E402
@@ -37,21 +36,6 @@ BLOCKS = {"hira r=4": 1, "smoa r=8 K=2": 2, "smoa r=16 K=4": 4, "smoa r=32 K=8":
 KINDS = ["lora r=4", "frozen", *BLOCKS]  # all but "frozen" train equally many parameters
 
 
-class LoRA(nn.Module):
-    """x W0^T + (x A^T) B^T, as its paper has it."""
-
-    def __init__(self, base):
-        super().__init__()
-        m, n = base.weight.shape
-        self.base = base
-        self.A = nn.Parameter(torch.randn(4, n, device=DEVICE) / n**0.5)
-        self.B = nn.Parameter(torch.zeros(m, 4, device=DEVICE))
-
-    def forward(self, x):
-        z = F.linear(x, self.A.to(x.dtype))
-        return self.base(x) + F.linear(z, self.B.to(x.dtype))
-
-
 def adapt(model, kind, inject=smoa.inject):
     """Adapt all linear layers but the head. Random orders: they cost what spectral ones do."""
     model.requires_grad_(False)
@@ -60,7 +44,7 @@ def adapt(model, kind, inject=smoa.inject):
         if name.endswith("head"):
             continue
         if kind == "lora r=4":
-            model.set_submodule(name, LoRA(base))
+            model.set_submodule(name, LoRA(base, rank=4))
         elif kind in BLOCKS:
             K = BLOCKS[kind]
             order = [torch.randperm(size) for size in base.weight.shape] if K > 1 else "natural"

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import strategies
 import torch
-from strategies import bits, fill
+import torch.nn.functional as F
+from strategies import bits, dense_update, fill
 from torch import nn
 
 import smoa
@@ -37,6 +38,22 @@ class Net(nn.Module):
         return self.head(self.norm(x))
 
 
+class LoRA(nn.Module):
+    """x W0^T + (x A^T) B^T over a frozen base, as its paper has it: the rival in costs."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        m, n = base.weight.shape
+        device = base.weight.device
+        self.base = base.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(rank, n, device=device) / n**0.5)
+        self.B = nn.Parameter(torch.zeros(m, rank, device=device))
+
+    def forward(self, x):
+        z = F.linear(x, self.A.to(x.dtype))
+        return self.base(x) + F.linear(z, self.B.to(x.dtype))
+
+
 def input_for(model):
     """An input (4, size) of a Net, in its dtype."""
     return normal(4, model.head.in_features, seed=9, dtype=model.head.weight.dtype)
@@ -50,13 +67,10 @@ def adapted(size=SMALL, targets=("first", "second"), dtype=torch.float32, seed=1
 
 
 def dense(layer):
-    """W by the definition, block by block, in the base's orientation. Differentiable."""
-    W0 = layer.original_weight().detach()
-    BA = torch.zeros_like(W0, dtype=layer.A[0].dtype)
-    for A_k, B_k, rows, cols in zip(layer.A, layer.B, layer.rows, layer.cols):
-        BA = BA.index_put((rows[:, None], cols), layer.scale * B_k @ A_k)
-    W = W0 * (1 + BA) if layer.modulate else W0 + BA
-    return (W if isinstance(layer.base, nn.Linear) else W.mT).to(W0.dtype)
+    """W by the definition, in the base's orientation and dtype. Differentiable."""
+    W0, *factors = (p.double() for p in (layer.original_weight(), *layer.A, *layer.B))
+    W = W0 + dense_update(layer, W0, factors[: len(layer.A)], factors[len(layer.A) :])
+    return (W if isinstance(layer.base, nn.Linear) else W.mT).to(layer.base.weight.dtype)
 
 
 def near(actual, expected, roundings=100):

@@ -18,7 +18,7 @@ def between(low, high):
 
 
 seeds = st.integers(0, 2**31 - 1)
-batches = st.sampled_from([(), (5,), (2, 3)])  # what stands before the features of x
+batches = st.sampled_from([(), (5,), (2, 3), (0,)])  # what stands before the features of x
 
 small = st.tuples(between(1, 12), between(1, 12))
 not_thin = st.tuples(between(2, 12), between(2, 12))
@@ -126,6 +126,25 @@ def layers(draw, shapes=small, dtypes=FLOATS, trained=True, **fixed):
     if trained:
         fill(layer, draw(seeds))
     return layer, W0.clone()
+
+
+def blocks(layer):
+    """K pairs (rows (m_k, 1), columns (n_k,)): W[rows, columns] is block k."""
+    rows = layer.row_order.tensor_split(layer.num_blocks)
+    cols = layer.col_order.tensor_split(layer.num_blocks)
+    return [(rows_k[:, None], cols_k) for rows_k, cols_k in zip(rows, cols)]
+
+
+def dense_update(layer, W0, As, Bs):
+    """delta_W (m, n) by the definition, in float64, as all that is given. Differentiable.
+
+    Nothing is taken from the layer but its options and the two orders.
+    """
+    delta = torch.zeros(W0.shape, dtype=torch.float64)
+    for (rows, cols), A_k, B_k in zip(blocks(layer), As, Bs):
+        M_k = W0[rows, cols] if layer.modulate else 1.0
+        delta[rows, cols] = layer.alpha / layer.rank * (B_k @ A_k) * M_k
+    return delta
 
 
 def input_of(layer, *batch, seed=0):

@@ -9,13 +9,15 @@ delta_W is s (B_k A_k) * W0 in block k  test_update_is_the_dense_formula
   and 0 elsewhere
 y = x W^T + bias, W = W0 * (1 + s B A)  test_forward_and_gradients_are_dense
 in half precision W is rounded once     test_half_precision_rounds_W_once
+A_k, B_k are (r_k, n_k), (m_k, r_k),    test_a_seed_draws_the_same_factors
+  Kaiming-uniform and zero, in float32
 training starts at the base             test_start_changes_no_bit
 only the factors are trained            test_only_the_factors_get_gradients
 sum_k r_k (m_k + n_k) parameters,       test_trained_parameters_are_counted
-  1/K of LoRA's where K divides r       test_parameters_are_one_kth_of_lora
-rank(delta_W) is at most                test_rank_never_exceeds_the_bound
-  sum_k min(m_k, n_k, r_k rank M_k)
-which generic factors reach             test_generic_factors_reach_the_bound
+  1/K of LoRA's where K divides r
+rank(delta_W) is at most                test_generic_factors_reach_the_bound
+  sum_k min(m_k, n_k, r_k rank M_k),
+  which generic factors reach           test_rank_bound_is_the_rank_reached
 LoRA's rank is r; at equal parameters,  test_rank_at_equal_parameters
   SMoA's is no lower
 at equal r, 1/K of LoRA's parameters    test_rank_at_equal_rank_budget
@@ -25,13 +27,14 @@ the update can reach the whole          test_coverage_adds_up_to_the_rank
   spectrum of W0, LoRA r directions     test_lora_meets_r_directions_at_most
 one class holds LoRA, HiRA, MELoRA      test_one_block_is_lora_or_hira
                                         test_blocks_unmodulated_are_melora
+                                        test_blocks_are_one_block_under_a_mask
+r_k = 1 rescales rows and columns       test_rank_one_rescales_rows_and_columns
 a merge costs nothing at inference,     test_merged_equals_unmerged
-  and can be undone exactly             test_unmerge_is_exact
+  and can be undone exactly             test_a_merge_is_undone_bit_for_bit (test_users.py)
 training keeps what LoRA keeps          test_kept_bytes_are_those_of_lora
 """
 
 import doctest
-import pickle
 
 import numpy as np
 import pytest
@@ -39,13 +42,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from nets import kept_bytes
+from nets import LoRA, kept_bytes
 from strategies import (
     FLOATS,
     HALVES,
     batches,
     between,
     bits,
+    blocks,
+    dense_update,
     fill,
     generic,
     input_of,
@@ -73,23 +78,7 @@ DOUBLE = [torch.float64]
 at_both_sizes = pytest.mark.parametrize("shapes", [small, large], ids=["small", "large"])
 
 # ------------------------------------------------------------------------------------------------
-# The oracle, in float64: nothing is taken from smoa.py but the factors and the two orders
-
-
-def blocks(layer):
-    """K pairs (rows (m_k, 1), columns (n_k,)): W[rows, columns] is block k."""
-    rows = layer.row_order.tensor_split(layer.num_blocks)
-    cols = layer.col_order.tensor_split(layer.num_blocks)
-    return [(rows_k[:, None], cols_k) for rows_k, cols_k in zip(rows, cols)]
-
-
-def dense_update(layer, W0, As, Bs):
-    """delta_W (m, n)."""
-    delta = torch.zeros(W0.shape, dtype=torch.float64)
-    for (rows, cols), A_k, B_k in zip(blocks(layer), As, Bs):
-        M_k = W0[rows, cols] if layer.modulate else 1.0
-        delta[rows, cols] = layer.alpha / layer.rank * (B_k @ A_k) * M_k
-    return delta
+# The oracle, in float64
 
 
 def leaves(tensors, take):
@@ -115,12 +104,13 @@ def dense_step(layer, W0, x, g, take=torch.asarray):
     return {"y": y, "x": dx, "bias": db} | dict(enumerate(factors))
 
 
-def layer_step(layer, x, g, forward):
+def layer_step(layer, x, g, forward, autocast):
     """The same of a layer."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
-    y = forward(x)
-    y.backward(g.to(y.dtype))
+    with torch.autocast("cpu", g.dtype, enabled=autocast):
+        y = forward(x)
+    y.backward(g)
     factors = enumerate(p.grad for p in [*layer.A, *layer.B])
     bias = {} if layer.bias is None else {"bias": layer.bias.grad}
     return {"y": y, "x": x.grad} | bias | dict(factors)
@@ -191,31 +181,15 @@ def test_blocks_partition_the_weight(drawn):
         assert [len(piece) for piece in index] == pieces(size, layer.num_blocks)
 
 
-@given(layers(dtypes=[*FLOATS, *HALVES]))
-def test_factors_have_the_defined_shapes(drawn):
-    layer, W0 = drawn
-    dtype = torch.float64 if W0.dtype == torch.float64 else torch.float32
-    ranks = [r_k for r_k in pieces(layer.rank, layer.num_blocks) if r_k > 0]
-    assert len(layer.A) == len(layer.B) == len(ranks)
-    for A_k, B_k, r_k, rows, cols in zip(layer.A, layer.B, ranks, layer.rows, layer.cols):
-        assert A_k.shape == (r_k, len(cols))
-        assert B_k.shape == (len(rows), r_k)
-        assert A_k.dtype == B_k.dtype == dtype
-
-
 @given(layers())
 def test_stacked_factors_are_the_padded_pairs(drawn):
-    layer, W0 = drawn
+    layer, _ = drawn
     A, B = layer.factors()
-    start = 0
-    for A_k, B_k, rows, cols in zip(layer.A, layer.B, layer.rows, layer.cols):
-        of_k = slice(start, start + len(A_k))
-        assert torch.equal(A[of_k, cols], A_k)
-        assert torch.equal(B[rows, of_k], B_k)
-        start += len(A_k)
-    assert (A.shape, B.shape) == ((start, W0.shape[1]), (W0.shape[0], start))
-    assert A.count_nonzero() == sum(A_k.count_nonzero() for A_k in layer.A)
-    assert B.count_nonzero() == sum(B_k.count_nonzero() for B_k in layer.B)
+    A_pairs, B_pairs = torch.block_diag(*layer.A), torch.block_diag(*layer.B)
+    columns, rows = A_pairs.shape[1], B_pairs.shape[0]  # fewer than all where a block has no pair
+    A, B = A[:, layer.col_order], B[layer.row_order]
+    assert torch.equal(A[:, :columns], A_pairs) and not A[:, columns:].any()
+    assert torch.equal(B[:rows], B_pairs) and not B[rows:].any()
 
 
 @given(layers())
@@ -226,27 +200,25 @@ def test_trained_parameters_are_counted(drawn):
     expected = sum(r_k * (m_k + n_k) for r_k, m_k, n_k in sizes)
     assert trained_parameters(layer) == expected
     assert smoa.count_parameters(m, n, layer.rank, K) == expected
-
-
-@given(shapes_and_blocks(), between(1, 4))
-def test_parameters_are_one_kth_of_lora(drawn, r_k):
-    (m, n), K = drawn
-    of_lora = trained_parameters(lora(m, n, r_k * K))
-    assert of_lora == r_k * K * (m + n)
-    assert trained_parameters(make(m, n, r_k * K, K)) * K == of_lora
+    if layer.rank % K == 0:
+        assert K * expected == layer.rank * (m + n)
 
 
 @pytest.mark.parametrize("rank, K", [(8, 1), (8, 2), (5, 3), (2, 4)])
-def test_a_seed_draws_the_same_factors(rank, K):
-    base = linear(generic(30, 20, 0).float())
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES])
+def test_a_seed_draws_the_same_factors(rank, K, dtype):
+    base = linear(generic(30, 20, 0).to(dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     torch.manual_seed(7)
     layer = smoa.SMoALinear(base, rank, K)
     torch.manual_seed(7)
-    for A_k, r_k, n_k in zip(layer.A, pieces(rank, K), pieces(20, K)):
-        expected = torch.empty(r_k, n_k)
+    sizes = zip(pieces(rank, K), pieces(30, K), pieces(20, K))
+    for A_k, B_k, (r_k, m_k, n_k) in zip(layer.A, layer.B, sizes):
+        expected = torch.empty(r_k, n_k, dtype=wide)
         nn.init.kaiming_uniform_(expected, a=5**0.5)
-        assert torch.equal(A_k, expected)
-    assert not any(B_k.any() for B_k in layer.B)
+        assert bits(A_k) == bits(expected)
+        assert bits(B_k) == bits(torch.zeros(m_k, r_k, dtype=wide))
+    assert len(layer.A) == len(layer.B) == min(rank, K)
 
 
 def test_defaults_are_those_of_the_card():
@@ -304,11 +276,6 @@ def test_order_is_blind_to_scale(W, scale):
     assert orders(scale * W) == orders(W)
 
 
-@given(separated)
-def test_order_of_the_transpose_is_swapped(W):
-    assert orders(W.mT) == orders(W)[::-1]
-
-
 @given(separated, st.sampled_from([torch.float32, *HALVES]))
 def test_order_is_blind_to_dtype_and_layout(W, dtype):
     W = W.to(dtype)
@@ -354,40 +321,25 @@ def test_update_is_the_dense_formula(shapes, data):
 
 
 @at_both_sizes
+@pytest.mark.parametrize("precision", ["full", "half", "autocast"])
 @given(data=st.data(), batch=batches, seed=seeds)
-def test_forward_and_gradients_are_dense(shapes, data, batch, seed):
-    layer, W0 = data.draw(layers(shapes))
+def test_forward_and_gradients_are_dense(shapes, precision, data, batch, seed):
+    autocast = precision == "autocast"
+    dtypes = {"full": FLOATS, "half": HALVES, "autocast": [torch.float32]}[precision]
+    layer, W0 = data.draw(layers(shapes, dtypes=dtypes))
+    dtype = data.draw(st.sampled_from(HALVES)) if autocast else W0.dtype
     if layer.bias is not None:
         layer.bias.requires_grad_()  # a bias may train beside the adapter
     x = input_of(layer, *batch, seed=seed)
-    g = normal(*batch, layer.out_features, seed=seed + 1, dtype=x.dtype)
-    assert_steps_close(layer_step(layer, x, g, layer), layer, W0, x, g, x.dtype)
+    g = normal(*batch, layer.out_features, seed=seed + 1, dtype=dtype)
 
     def by_weight(x):
         return F.linear(x, plain_weight(layer), layer.bias)
 
-    assert_steps_close(layer_step(layer, x, g, by_weight), layer, W0, x, g, x.dtype)
-
-
-@at_both_sizes
-@pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
-@given(data=st.data(), batch=batches, seed=seeds)
-def test_half_precision_gradients_are_right(shapes, autocast, data, batch, seed):
-    layer, W0 = data.draw(layers(shapes, dtypes=[torch.float32] if autocast else HALVES))
-    dtype = data.draw(st.sampled_from(HALVES)) if autocast else W0.dtype
-    if layer.bias is not None:
-        layer.bias.requires_grad_()
-    x = input_of(layer, *batch, seed=seed)
-    g = normal(*batch, layer.out_features, seed=seed + 1, dtype=dtype)
-
-    def forward(x):
-        with torch.autocast("cpu", dtype, enabled=autocast):
-            return layer(x)
-
-    step = layer_step(layer, x, g, forward)
-    assert step["y"].dtype == dtype
-    assert all(p.grad.dtype == torch.float32 for p in [*layer.A, *layer.B])
-    assert_steps_close(step, layer, W0, x, g, dtype)
+    for forward in (layer, by_weight):
+        step = layer_step(layer, x, g, forward, autocast)
+        assert step["y"].dtype == dtype
+        assert_steps_close(step, layer, W0, x, g, dtype)
 
 
 @at_both_sizes
@@ -486,18 +438,12 @@ def bound(layer, W0):
 
 
 @given(layers(dtypes=DOUBLE))
-def test_rank_never_exceeds_the_bound(drawn):
-    layer, W0 = drawn
-    assert rank_of_update(layer) <= bound(layer, W0)
-
-
-@given(layers(dtypes=DOUBLE))
 def test_generic_factors_reach_the_bound(drawn):
     layer, W0 = drawn
-    for rows, cols in blocks(layer):
-        M_k = W0[rows, cols]
-        assume(not M_k.any() or M_k.all())  # an anchor with some zeros is not generic
-    assert rank_of_update(layer) == bound(layer, W0)
+    anchors = [W0[rows, cols] for rows, cols in blocks(layer)]
+    are_generic = all(not M_k.any() or M_k.all() for M_k in anchors)  # none has some zeros
+    assert rank_of_update(layer) <= bound(layer, W0)
+    assert rank_of_update(layer) == bound(layer, W0) or not are_generic
 
 
 @given(shapes_and_blocks(), between(1, 20), st.booleans())
@@ -624,7 +570,7 @@ def test_rank_one_rescales_rows_and_columns(drawn, seed):
 
 
 # ------------------------------------------------------------------------------------------------
-# Merge and unmerge
+# Merge. How it is undone is in test_users.py
 
 
 @at_both_sizes
@@ -640,42 +586,8 @@ def test_merged_equals_unmerged(shapes, data, batch):
     assert_steps_close(y, layer, W0, x, torch.zeros_like(y["y"]), x.dtype)
 
 
-@given(layers(dtypes=[*FLOATS, *HALVES]), st.booleans())
-def test_unmerge_is_exact(drawn, wipes_out):
-    layer, W0 = drawn
-    if wipes_out:  # W overflows in float16, and rounds W0 away in the others
-        for p in [*layer.A, *layer.B]:
-            p.data.fill_(1e9)
-    delta, memory = bits(layer.delta_weight()), layer.base.weight.data_ptr()
-    for _ in range(2):
-        layer.merge()
-        layer.merge()  # once more changes nothing
-        assert layer.merged
-        assert bits(layer.original_weight()) == bits(W0)
-        assert bits(layer.delta_weight()) == delta
-        layer.unmerge()
-        layer.unmerge()
-        assert not layer.merged
-        assert bits(layer.original_weight()) == bits(W0)
-        assert layer.base.weight.data_ptr() == memory
-
-
 # ------------------------------------------------------------------------------------------------
 # The cost, where it is exact: multiplications and bytes. Times are in bench_smoa.py
-
-
-class LoRA(nn.Module):
-    """x W0^T + x A^T B^T beside a frozen base."""
-
-    def __init__(self, base, rank):
-        super().__init__()
-        m, n = base.weight.shape
-        self.base = base.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(rank, n))
-        self.B = nn.Parameter(torch.zeros(m, rank))
-
-    def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
 
 @pytest.mark.parametrize("m, n", [(768, 3072), (3072, 768)])
@@ -707,21 +619,6 @@ def test_a_step_multiplies_a_kth_of_the_weight():
     assert per_token < backward <= per_token + 2 * build
     layer.eval().merge()
     assert flops(layer, x)[0] == product
-
-
-def test_a_layer_holds_its_factors_and_orders():
-    m, n, r, K = 96, 64, 8, 4
-    layer = smoa.SMoALinear(nn.Linear(n, m), r, K)
-    layer(torch.randn(5, n)).sum().backward()
-
-    def held():
-        return len(pickle.dumps(layer)) - len(pickle.dumps(layer.base))
-
-    before, some, W0 = held(), 4 * m * n / 2, 4 * m * n  # bytes
-    numbers = 8 * smoa.count_parameters(m, n, r, K) + 8 * (m + n)  # with the gradients
-    assert numbers <= before < numbers + some
-    layer.merge()  # W0 is kept aside
-    assert before + W0 <= held() < before + W0 + some
 
 
 def test_examples_in_docstrings_hold():

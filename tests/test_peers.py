@@ -7,14 +7,12 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from nets import (
     Net,
     adapted,
     all_bits,
     both_sizes,
     dense,
-    gradients,
     input_for,
     near,
     normal,
@@ -72,21 +70,16 @@ MODELS = {  # (class, configuration, targets, inputs)
 }
 
 
-def make(name, dtype=torch.float32):
-    kind, config, targets, inputs = MODELS[name]
+def make(name):
+    kind, config, *_ = MODELS[name]
     torch.manual_seed(0)
-    return kind(copy.deepcopy(config)).to(dtype).eval()
+    return kind(copy.deepcopy(config)).eval()
 
 
-def llama(dtype=torch.float32, **options):
-    model = make("Llama", dtype)
+def llama(**options):
+    model = make("Llama")
     smoa.inject(model, MODELS["Llama"][2], **({"rank": 4} | options))
     return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,13 +113,6 @@ def test_a_model_of_transformers_has_every_w(name, tmp_path):
     again = type(plain).from_pretrained(tmp_path).eval()
     assert near(again(**inputs).logits, y.logits)
     assert all_bits(smoa.unload(model).state_dict()) == all_bits(plain.state_dict())
-
-
-@pytest.mark.parametrize("name, embedding", [("GPT-2", "transformer.wte"), ("T5", "shared")])
-def test_a_tied_head_is_refused(name, embedding):
-    model = make(name)
-    with refused("lm_head: ", embedding, "share one weight", model=model):
-        smoa.inject(model, ["lm_head"], rank=4)
 
 
 def trainer(model, folder, **options):
@@ -167,41 +153,6 @@ def test_a_trainer_loads_its_best_model(tmp_path):
     assert run.state.best_metric > run.state.log_history[-3]["eval_loss"]
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_checkpointing_changes_no_bit(use_reentrant, dtype):
-    model, found = fill(llama(dtype)).train(), []
-
-    def loss(tokens):
-        return model(input_ids=tokens, labels=tokens).loss
-
-    found.append(all_bits(gradients(model, TOKENS, loss)))
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()
-    found.append(all_bits(gradients(model, TOKENS, loss)))
-    assert found[0] == found[1]
-
-
-def test_disabled_is_the_reference_of_dpo():
-    model, reference = fill(llama()), make("Llama")
-    chosen, rejected = TOKENS[:2], TOKENS[2:]
-
-    def log_probability(model, tokens):
-        scores = F.log_softmax(model(input_ids=tokens).logits[:, :-1], -1)
-        return scores.gather(-1, tokens[:, 1:, None]).sum((1, 2))
-
-    def margin(model):
-        return log_probability(model, chosen) - log_probability(model, rejected)
-
-    with torch.no_grad():
-        with smoa.disabled(model):
-            own = margin(model)
-        expected = margin(reference)
-    assert torch.equal(own, expected)
-    grads = gradients(model, None, lambda _: -F.logsigmoid(0.1 * (margin(model) - own)))
-    assert all(grad.any() for grad in grads.values())
-
-
 # ------------------------------------------------------------------------------------------------
 # PEFT
 
@@ -226,42 +177,25 @@ def test_a_corner_is_what_peft_has(corner, size):
             getattr(p, "weight", p).copy_(getattr(layer, side)[0])
     x = input_for(model)
     assert near(model(x), other(x))
-    found, exact = gradients(model, x), gradients(other, x)
-    for side in "AB":
-        (name,) = [name for name in exact if f"{corner}_{side}" in name]
-        assert near(found[f"first.{side}.0"], exact[name])
-    assert len(found) == len(exact) == 2
 
 
-@pytest.mark.parametrize("config", [peft.LoraConfig, peft.HiraConfig, peft.IA3Config])
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.HiraConfig])
 def test_a_layer_of_peft_is_refused(config):
-    extra = {"feedforward_modules": []} if config is peft.IA3Config else {}
-    model = peft.inject_adapter_in_model(config(target_modules=["first"], **extra), Net())
+    model = peft.inject_adapter_in_model(config(target_modules=["first"]), Net())
     with refused("first: peft.tuners.", "another adapter", model=model):
         smoa.inject(model, ["first"])
-    assert smoa.inject(model, ["second"], rank=4) == ["second"]
-    with pytest.raises(ValueError, match="SMoALinear"):
-        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["second"]), model)
 
 
 # ------------------------------------------------------------------------------------------------
 # accelerate: weights that are there only while their module is called
 
 
-@pytest.fixture(params=["cpu", "disk"])
-def offload(request, tmp_path_factory):
-    def to_cpu(model, **options):
-        return accelerate.cpu_offload(model, execution_device="cpu", **options)
-
-    def to_disk(model, **options):
-        folder = tmp_path_factory.mktemp("offloaded")
-        return accelerate.disk_offload(model, folder, execution_device="cpu", **options)
-
-    return {"cpu": to_cpu, "disk": to_disk}[request.param]
+def offload(model, **options):
+    return accelerate.cpu_offload(model, execution_device="cpu", **options)
 
 
 @both_sizes
-def test_offloading_is_right_or_an_error(offload, size):
+def test_offloading_is_right_or_an_error(size):
     model, x = offload(Net(size)), input_for(Net(size))
     with refused("first: ", "offloading", model=model):
         smoa.inject(model, ["first"])

@@ -56,30 +56,9 @@ def test_a_seed_repeats_a_training():
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_frozen_parameters_stay():
-    model = tiny()
-    model.blocks.requires_grad_(False)
-    before = [p.clone() for p in model.parameters()]
-    train(model, digits(400), **RECIPE, weight_decay=0.1)
-    for was, p in zip(before, model.parameters()):
-        assert torch.equal(was, p) != p.requires_grad
-
-
-def test_earlier_gradients_do_not_count():
-    fresh, used = tiny(), tiny()
-    used(digits(8)[None], digits(8)[None])[1].backward()
-    assert train(fresh, digits(400), **RECIPE) == train(used, digits(400), **RECIPE)
-
-
-def test_a_loss_not_finite_ends_training():
-    with pytest.raises(FloatingPointError, match="the loss is (nan|inf) at step 2"):
-        train(tiny(), digits(400), steps=10, batch_size=4, lr=1e30)
-
-
-@pytest.mark.parametrize("length", [0, 1, 8])
-def test_a_text_within_a_window_is_refused(length):
-    with pytest.raises(ValueError, match=f"need more than 8 tokens, a window's, got {length}"):
-        train(tiny(), digits(length), **RECIPE)
+def test_a_text_within_a_window_is_refused():
+    with pytest.raises(ValueError, match="need more than 8 tokens, a window's, got 8"):
+        train(tiny(), digits(8), **RECIPE)
     assert len(train(tiny(), digits(9), **RECIPE)) == 10
 
 
@@ -221,19 +200,6 @@ def test_a_diverged_method_spares_the_rest(short, tmp_path, capsys):
     assert all(math.isfinite(found[method]["folio"]) for method in ("lora", "smoa"))
 
 
-def test_results_are_kept_method_by_method(short, tmp_path, monkeypatch):
-    def interrupted(base, method, *options):
-        if method == "full":
-            raise KeyboardInterrupt
-        return prepare(base, method, *options)
-
-    prepare = script.prepare
-    monkeypatch.setattr(script, "prepare", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        script.main([*short, "--methods", "lora", "full"])
-    assert list(rows(tmp_path / "out")) == ["base", "lora"]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_an_accelerator_matches_the_cpu(device, short, tmp_path):
@@ -267,14 +233,10 @@ def test_quick_and_large_leave_flags_alone():
 
 BAD_FLAGS = {
     "--rank 0": "--rank must be at least 1, got 0",
-    "--rank two": "--rank: invalid int value: 'two'",
-    "--steps -1": "--steps must be at least 1, got -1",
-    "--batch-size 0": "--batch-size must be at least 1",
+    "--batch-size -1": "--batch-size must be at least 1, got -1",
     "--lr 0.1": "--lr must be METHOD=RATE, as in smoa=0.1, got 0.1",
     "--lr smoa=fast": "--lr must be METHOD=RATE, as in smoa=0.1, got smoa=fast",
     "--lr hira=0.1": "--lr names hira; --methods has smoa, lora",
-    "--methods magic": "invalid choice: 'magic' (choose from",
-    "--device abacus": "invalid choice: 'abacus' (choose from",
 }
 
 
@@ -303,19 +265,12 @@ def test_a_bad_text_ends_in_one_line(kind, short, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
-def test_editors_save_the_same_text(end, tmp_path):
-    for mark in ("", "\ufeff"):
-        path = tmp_path / "text.txt"
-        path.write_bytes((mark + TEXT.replace("\n", end)).encode())
-        assert "".join(script.own_text(path, 64)) == TEXT
-
-
 def test_own_texts_bring_their_characters(short, tmp_path):
-    path = tmp_path / "other.txt"
-    path.write_text(TEXT.replace("The", "Þe"), encoding="utf-8")
+    path, text = tmp_path / "other.txt", TEXT.replace("The", "Þe")
+    path.write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())  # as editors on Windows do
     script.main([*short, "--adapt-data", str(path)])
-    assert "Þ" in torch.load(next((tmp_path / "out").glob("base-*.pt")))["characters"]
+    (base,) = (tmp_path / "out").glob("base-*.pt")
+    assert set(torch.load(base)["characters"]) == set(TEXT + text)
     assert rows(tmp_path / "out")["lora"]["sample"].startswith("\nÞe young king was")
 
 
