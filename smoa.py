@@ -485,15 +485,17 @@ def _freeze_all_but_factors(model):
 # ------------------------------------------------------------------------------------------------
 # The file: what torch.save makes of `state_dict(model)`
 
+_FORMAT = "SMoA adapter 1"
+
 
 def state_dict(model):
     """The adapter alone, and what else trains: plain data and tensors, copied to the CPU.
 
     Returns:
-        {"layers": {name: {"options": {...}, "A": [A_k], "B": [B_k], "order": [(m,), (n,)] int32,
-        "base_sketch": (1025,)}}, "trained": {name: parameter}}. "trained" is what else requires a
-        gradient, unfrozen after `inject`, under its name in the plain model. Buffers, such as
-        BatchNorm's statistics, are not in it.
+        {"format": a fixed string, "layers": {name: {"options": {...}, "A": [A_k], "B": [B_k],
+        "order": [(m,), (n,)] int32, "base_sketch": (1025,)}}, "trained": {name: parameter}}.
+        "trained" is what else requires a gradient, unfrozen after `inject`, under its name in the
+        plain model. Buffers, such as BatchNorm's statistics, are not in it.
     """
     _adapted_layers(model)
     layers = {
@@ -507,12 +509,14 @@ def state_dict(model):
         for name, layer in adapters(model)
     }
     trained = {name: p for name, p in _plain_parameters(model) if p.requires_grad}
-    return {"layers": layers, "trained": {k: p.detach().cpu().clone() for k, p in trained.items()}}
+    trained = {name: p.detach().cpu().clone() for name, p in trained.items()}
+    return {"format": _FORMAT, "layers": layers, "trained": trained}
 
 
 def load_state_dict(model, state, *, check_base=True):
     """Give the model this adapter, and no other: what `load` does with a file's content."""
-    _check_state(state)
+    known = isinstance(state, dict) and state.get("format") == _FORMAT
+    _require(known, "this is not the state of a SMoA adapter, as smoa.state_dict gives it")
     adapted = dict(adapters(model))
     bases = {name: module for name, module in _named_modules(model) if name}
     bases |= {name: layer.base for name, layer in adapted.items() if name}
@@ -726,16 +730,6 @@ def _checked_order(order, m, n, device):
         f"{n - 1}), got {str(order)[:60]!r}",
     )
     return checked
-
-
-def _check_state(state):
-    keys = {"options", "A", "B", "order", "base_sketch"}
-    try:
-        known = state["layers"] and all(own.keys() == keys for own in state["layers"].values())
-        known = known and isinstance(state["trained"], dict)
-    except (TypeError, KeyError, AttributeError, RuntimeError):
-        known = False
-    _require(known, "this is not the state of a SMoA adapter, as smoa.state_dict gives it")
 
 
 def _check_mergeable(layers):
