@@ -71,10 +71,11 @@ class Rank(SmolLM):
         """A row for each anchor and each rival on record, over the seeds that p = 0 has too.
 
         Returns:
-            {p or rival: dict}: arm, seeds, loss; train, the mean loss of the last ten steps; rank,
-            stable_rank and size of the updates (None where runs have not recorded them); the
-            difference to p = 0 and half of its 95 % interval (None where it is missing); of the
-            anchors p, after Holm's correction for the anchors of this text.
+            {p or rival: dict}: arm, seeds, loss; train, the mean loss of the last ten steps;
+            validation, the loss of seed 0 by which the rate was chosen; rank, stable_rank and size
+            of the updates (None where runs have not recorded them); the difference to p = 0 and
+            half of its 95 % interval (None where it is missing); of the anchors p, after Holm's
+            correction for the anchors of this text.
         """
         doses, rivals = dose_arms(text)
         rows, p_values = {}, {}
@@ -86,6 +87,7 @@ class Rank(SmolLM):
             runs = [runs[seed] for seed in common]
             row = dict(arm=arm, seeds=len(runs), loss=statistics.fmean(map(self.loss, runs)))
             row["train"] = statistics.fmean(loss for line in runs for loss in line["train"][-10:])
+            row["validation"] = self.loss(self.runs(arm)[0], "validation")
             for key in ("rank", "stable_rank", "size"):
                 found = [line["update"][key] for line in runs if "update" in line]
                 row[key] = statistics.fmean(found) if found else None
@@ -119,7 +121,7 @@ class Rank(SmolLM):
     def print_dose_response(self, text):
         print(f"\nIs it the rank? Anchors of rank p on {text}, and rivals of as many parameters:")
         print("  p                   seeds    loss  less that of p = 0  p (Holm)", end="")
-        print("   rank  stable rank   size  training")
+        print("   rank  stable rank   size  training  validation")
         for name, row in self.dose_response(text).items():
             compared = name != 0 and row["half"] is not None
             difference = f"{row['difference']:+.4f} +- {row['half']:.4f}" if compared else "-"
@@ -129,7 +131,7 @@ class Rank(SmolLM):
                 print(f"{'-':>7}{'-':>13}{'-':>7}", end="")
             else:
                 print(f"{row['rank']:7.1f}{row['stable_rank']:13.1f}{row['size']:7.3f}", end="")
-            print(f"{row['train']:10.4f}")
+            print(f"{row['train']:10.4f}{row['validation']:12.4f}")
         print(f"  Verdict: {self.dose_verdict(text)}")
 
 
