@@ -270,7 +270,9 @@ class SMoALinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
-        """What `.to`, `.half` and the like do. Half precision would round away small steps."""
+        """What `.to`, `.half` and the like do. The factors stay in float32 or wider: half precision
+        would round away the small steps of training.
+        """
 
         def widened(tensor):
             new = fn(tensor)
