@@ -48,6 +48,7 @@ SHARES = [  # (study, arm, the LoRA whose gain it has a share of)
     (small.Small, "melora r=8 K=2", "lora r=4"),
     (small.Small, "smoa r=8 K=2", "lora r=4"),
     (smollm.SmolLM, "hira r=1", "lora r=1"),
+    (smollm.SmolLM, "melora r=2 K=2", "lora r=1"),
     (smollm.SmolLM, "smoa r=2 K=2", "lora r=1"),
     (smollm.SmolLM, "hira r=4", "lora r=4"),
     (smollm.SmolLM, "melora r=8 K=2", "lora r=4"),
@@ -55,6 +56,8 @@ SHARES = [  # (study, arm, the LoRA whose gain it has a share of)
     (smollm.SmolLM, "hira r=1 japanese", "lora r=1 japanese"),
     (smollm.SmolLM, "smoa r=2 K=2 japanese", "lora r=1 japanese"),
     (smollm.SmolLM, "smoa r=8 K=2 japanese", "lora r=4 japanese"),
+    (rank.Rank, "smoa r=8 K=2 natural japanese", "lora r=4 japanese"),
+    (rank.Rank, "melora r=8 K=2 japanese", "lora r=4 japanese"),
 ]
 
 
