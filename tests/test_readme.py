@@ -18,7 +18,8 @@ STUDIES = ROOT / "notebooks" / "studies"
 sys.path.insert(0, str(STUDIES))
 import rank  # noqa: E402
 import small  # noqa: E402
-import smollm  # noqa: E402
+
+SMALL, LANGUAGE = small.Small(), rank.Rank()  # each with its whole record
 
 
 def test_the_snippet_prints_what_is_shown(tmp_path):
@@ -44,53 +45,52 @@ def test_every_linked_file_exists():
 
 
 SHARES = [  # (study, arm, the LoRA whose gain it has a share of)
-    (small.Small, "hira r=4", "lora r=4"),
-    (small.Small, "melora r=8 K=2", "lora r=4"),
-    (small.Small, "smoa r=8 K=2", "lora r=4"),
-    (smollm.SmolLM, "hira r=1", "lora r=1"),
-    (smollm.SmolLM, "melora r=2 K=2", "lora r=1"),
-    (smollm.SmolLM, "smoa r=2 K=2", "lora r=1"),
-    (smollm.SmolLM, "hira r=4", "lora r=4"),
-    (smollm.SmolLM, "melora r=8 K=2", "lora r=4"),
-    (smollm.SmolLM, "smoa r=8 K=2", "lora r=4"),
-    (smollm.SmolLM, "hira r=1 japanese", "lora r=1 japanese"),
-    (smollm.SmolLM, "smoa r=2 K=2 japanese", "lora r=1 japanese"),
-    (smollm.SmolLM, "smoa r=8 K=2 japanese", "lora r=4 japanese"),
-    (rank.Rank, "smoa r=8 K=2 natural japanese", "lora r=4 japanese"),
-    (rank.Rank, "melora r=8 K=2 japanese", "lora r=4 japanese"),
+    (SMALL, "hira r=4", "lora r=4"),
+    (SMALL, "melora r=8 K=2", "lora r=4"),
+    (SMALL, "smoa r=8 K=2", "lora r=4"),
+    (LANGUAGE, "hira r=1", "lora r=1"),
+    (LANGUAGE, "melora r=2 K=2", "lora r=1"),
+    (LANGUAGE, "smoa r=2 K=2", "lora r=1"),
+    (LANGUAGE, "hira r=4", "lora r=4"),
+    (LANGUAGE, "melora r=8 K=2", "lora r=4"),
+    (LANGUAGE, "smoa r=8 K=2", "lora r=4"),
+    (LANGUAGE, "hira r=1 japanese", "lora r=1 japanese"),
+    (LANGUAGE, "smoa r=2 K=2 japanese", "lora r=1 japanese"),
+    (LANGUAGE, "smoa r=8 K=2 japanese", "lora r=4 japanese"),
+    (LANGUAGE, "smoa r=8 K=2 natural japanese", "lora r=4 japanese"),
+    (LANGUAGE, "melora r=8 K=2 japanese", "lora r=4 japanese"),
 ]
 
 
 def test_the_shares_are_those_of_the_records():
     for study, ours, theirs in SHARES:
-        share, half = study().share_of_gain(ours, theirs)
+        share, half = study.share_of_gain(ours, theirs)
         assert f"{100 * share:.1f} ± {100 * half:.1f}" in WORDS, ours
 
 
 def test_the_losses_to_rivals_are_in_the_readme():
     leads = []
     for r in (1, 2, 4, 8):
-        lead, half, _ = small.Small().compare(f"smoa r={2 * r} K=2", f"melora r={2 * r} K=2")
+        lead, half, _ = SMALL.compare(f"smoa r={2 * r} K=2", f"melora r={2 * r} K=2")
         assert lead > half
         leads.append(lead)
     assert f"{min(leads):.3f} to {max(leads):.3f} nats" in WORDS
-    lead, half, _ = smollm.SmolLM().compare("smoa r=2 K=2", "hira r=1")
+    lead, half, _ = LANGUAGE.compare("smoa r=2 K=2", "hira r=1")
     assert f"{lead:.4f} ± {half:.4f} nats" in WORDS
 
 
 def test_the_luckier_rate_is_in_the_readme():
-    study = smollm.SmolLM()
-    difference, half, _ = study.compare("smoa r=8 K=2", "lora r=4", lucky=True)
-    lucky = [study.loss(line) for line in study.runs("lora r=4", lucky=True).values()]
-    gain = statistics.fmean(study.base_losses("folio")) - statistics.fmean(lucky)
+    difference, half, _ = LANGUAGE.compare("smoa r=8 K=2", "lora r=4", lucky=True)
+    lucky = [LANGUAGE.loss(line) for line in LANGUAGE.runs("lora r=4", lucky=True).values()]
+    gain = statistics.fmean(LANGUAGE.base_losses("folio")) - statistics.fmean(lucky)
     assert f"{100 * (1 - difference / gain):.1f} ± {100 * half / gain:.1f} %" in WORDS
 
 
 def test_the_rank_is_that_of_the_record():
-    rows = rank.Rank().dose_response("folio")
+    rows = LANGUAGE.dose_response("folio")
     losses = [f"{rows[p]['loss']:.3f}" for p in rank.DOSES]
     assert f"{', '.join(losses[:-1])} and {losses[-1]}, and {rows[0]['loss']:.3f}" in WORDS
-    lead, half, _ = rank.Rank().compare("smoa r=8 K=2", "lora+ r=4 ratio 16")
+    lead, half, _ = LANGUAGE.compare("smoa r=8 K=2", "lora+ r=4 ratio 16")
     assert f"{-lead:.4f} ± {half:.4f} are left" in WORDS
 
 

@@ -140,8 +140,8 @@ AUTORELOAD = """
 
     cell("%load_ext autoreload")
     cell("%autoreload 2")
-    # All of it in one cell: after a second one autoreload would patch the module in its own way,
-    # where it first reloads all of it.
+    # In one cell: only right after an import does autoreload run the whole module again; later it
+    # patches what has changed.
     cell(
         "import torch, smoa\\n"
         "model = torch.nn.Sequential(torch.nn.Linear(400, 400))\\n"
