@@ -278,9 +278,8 @@ class SMoALinear(nn.Module):
             new = fn(tensor)
             return new if new.dtype.itemsize >= 4 else tensor.to(new.device)
 
-        self.A._apply(widened)
-        self.B._apply(widened)
-        self.base._apply(fn)
+        for child in self.children():
+            child._apply(fn if child is self.base else widened)
         super()._apply(fn, recurse=False)  # kept_W0
         device = self.A[0].device
         if device.type != "meta":
